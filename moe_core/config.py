@@ -1,0 +1,259 @@
+"""What a run is: frozen dataclasses, checked field by field the moment they are made.
+
+Every field name is unique over all of them, so a user names a field and never its dataclass:
+``preset("nano", n_experts=16, learning_rate=1e-3)``. A field's range stands beside its default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field, fields
+
+
+class ConfigError(ValueError):
+    """A field that cannot be: one line with the field, the value and what would be right."""
+
+
+def _field(default, *, ge=None, gt=None, le=None, lt=None, choices=None):
+    return field(default=default, metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices})
+
+
+def _matches(value, hint) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spoken(hint) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spoken(option) for option in typing.get_args(hint))
+    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
+            type(None): "None"}.get(hint, hint.__name__)
+
+
+class _Checked:
+    """Types and ranges of a frozen dataclass, from its annotations and its fields' metadata."""
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value, bound = getattr(self, f.name), f.metadata
+            if not _matches(value, hints[f.name]):
+                raise ConfigError(f"{f.name} = {value!r}: must be {_spoken(hints[f.name])}")
+            if value is None or not bound:
+                continue
+            if bound["choices"] and value not in bound["choices"]:
+                raise ConfigError(f"{f.name} = {value!r}: must be one of {', '.join(map(repr, bound['choices']))}")
+            for key, holds, words in (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
+                                      ("le", lambda v, b: v <= b, "at most"), ("lt", lambda v, b: v < b, "less than")):
+                if bound[key] is not None and not holds(value, bound[key]):
+                    raise ConfigError(f"{f.name} = {value!r}: must be {words} {bound[key]}")
+        self._check()
+
+    def _check(self):
+        """What no single field can say; each dataclass overrides it where it has such rules."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Checked):
+    """The architecture. ``n_experts=0`` makes every block dense."""
+
+    vocab_size: int = _field(32768, ge=2)
+    n_layer: int = _field(10, ge=1)
+    n_head: int = _field(8, ge=1)
+    n_kv_heads: int | None = _field(None, ge=1)  # None: as many as n_head (no GQA)
+    d_model: int = _field(512, ge=8)
+    block_size: int = _field(2048, ge=2)
+    n_experts: int = _field(8, ge=0)
+    expert_width: int | None = _field(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
+    mlp: str = _field("swiglu", choices=("swiglu", "gelu"))  # of a dense block
+    mlp_width: int | None = _field(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
+    attn_gate: str = _field("none", choices=("none", "sigmoid_head"))
+    qk_norm: bool = False
+    qk_norm_eps: float = _field(1e-6, gt=0)
+    use_rope: bool = True  # False: learned positions
+    rope_theta: float = _field(10000.0, gt=0)
+    norm_eps: float = _field(1e-6, gt=0)
+
+    def _check(self):
+        if self.d_model % self.n_head:
+            raise ConfigError(f"d_model = {self.d_model}: must be divisible by n_head = {self.n_head}")
+        if self.n_head % self.kv_heads:
+            raise ConfigError(f"n_kv_heads = {self.n_kv_heads}: must divide n_head = {self.n_head}")
+        if self.use_rope and self.head_dim % 2:
+            raise ConfigError(f"d_model = {self.d_model}: d_model / n_head must be even for rotary positions")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        """Width of one expert, or of the MLP of a dense model."""
+        chosen = self.expert_width if self.n_experts else self.mlp_width
+        if chosen:
+            return chosen
+        if not self.n_experts and self.mlp == "gelu":
+            return 4 * self.d_model
+        return math.ceil(2.75 * self.d_model / 8) * 8
+
+
+@dataclass(frozen=True)
+class RouterConfig(_Checked):
+    """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
+
+    top_k: int = _field(1, ge=1)
+    norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
+    dropless: bool = True
+    capacity_factor: float = _field(1.25, gt=0)  # used when not dropless
+    load_balance_alpha: float = _field(0.05, ge=0)
+    router_z_loss_coef: float = _field(1e-3, ge=0)
+    router_temp_init: float = _field(1.5, gt=0)
+    router_temp_final: float = _field(1.0, gt=0)
+    router_temp_anneal_iters: int = _field(1000, ge=0)
+    router_noise_std_init: float = _field(0.5, ge=0)
+    router_noise_decay_iters: int = _field(1000, ge=0)
+    router_noise_type: str = _field("gumbel", choices=("gumbel", "gaussian"))
+
+    def _check(self):
+        if self.top_k == 1 and self.norm_topk_prob:
+            raise ConfigError("norm_topk_prob = True: must be False when top_k = 1; a single weight divided by "
+                              "itself is always 1, and the router would learn nothing from the language-model loss")
+
+
+@dataclass(frozen=True)
+class DataConfig(_Checked):
+    """What is read. ``dataset_name``: "stdlib" (the embedded corpus) or a path to text, .jsonl or .parquet."""
+
+    dataset_name: str = "stdlib"
+    text_key: str = "text"
+    val_fraction: float = _field(0.05, gt=0, lt=1)
+
+    def _check(self):
+        for name in ("dataset_name", "text_key"):
+            if not getattr(self, name).strip():
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be empty")
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Checked):
+    """Optimizer, rate schedule (linear warmup, cosine to ``min_lr``) and batch. Rates are per optimizer step."""
+
+    optimizer: str = _field("adamw", choices=("adamw",))
+    learning_rate: float = _field(3e-4, gt=0)
+    min_lr: float = _field(3e-5, ge=0)
+    warmup_iters: int = _field(500, ge=0)
+    lr_decay_iters: int = _field(2000, ge=1)
+    max_iters: int = _field(2000, ge=1)  # the planned length; stepping past it goes on at min_lr
+    weight_decay: float = _field(0.1, ge=0)
+    beta1: float = _field(0.9, ge=0, lt=1)
+    beta2: float = _field(0.95, ge=0, lt=1)
+    grad_clip: float = _field(1.0, gt=0)
+    batch_size: int = _field(8, ge=1)  # sequences a micro-batch
+    gradient_accumulation_steps: int = _field(1, ge=1)
+
+    def _check(self):
+        if self.min_lr > self.learning_rate:
+            raise ConfigError(f"min_lr = {self.min_lr}: must be at most learning_rate = {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class RunConfig(_Checked):
+    """One experiment: its parts, and what belongs to none of them."""
+
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    device: str = _field("auto", choices=("auto", "cpu", "cuda"))
+    seed: int = _field(1337, ge=0)
+    eval_interval: int = _field(200, ge=0)  # steps between validations; 0: never
+    eval_iters: int = _field(50, ge=1)  # batches a validation
+    experts_impl: str = _field("grouped", choices=("grouped", "loop"))
+
+    def _check(self):
+        if self.model.n_experts and self.router.top_k > self.model.n_experts:
+            raise ConfigError(f"top_k = {self.router.top_k}: must be at most n_experts = {self.model.n_experts}")
+        if self.model.n_experts and self.experts_impl == "grouped":
+            for name, size in (("d_model", self.model.d_model), ("expert_width", self.model.ff_width)):
+                if size % 8:
+                    raise ConfigError(f"{name} = {size}: must be a multiple of 8 for experts_impl = 'grouped'")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.optim.batch_size * self.model.block_size * self.optim.gradient_accumulation_steps
+
+    def replace(self, **changes) -> RunConfig:
+        """A copy with any fields changed, each by its own name. Unknown names raise ConfigError."""
+        parts: dict[str, dict] = {}
+        for given, value in changes.items():
+            name = ALIASES.get(given, given)
+            if name not in _HOME:
+                close = difflib.get_close_matches(name, [*_HOME, *ALIASES], n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ConfigError(f"{given} = {value!r}: there is no such field{hint}")
+            if name in parts.get(_HOME[name], {}):
+                raise ConfigError(f"{given} = {value!r}: given twice, {name} is the same field")
+            parts.setdefault(_HOME[name], {})[name] = value
+        own = parts.pop("", {})
+        whole = {part: dataclasses.replace(getattr(self, part), **values) for part, values in parts.items()}
+        return dataclasses.replace(self, **whole, **own)
+
+    def to_dict(self) -> dict:
+        """Nested plain values, fit for JSON; :meth:`from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> RunConfig:
+        """Fields that are absent take their defaults; fields that are unknown raise ConfigError."""
+        flat = {}
+        for key, value in values.items():
+            flat.update(value if key in _PARTS and isinstance(value, dict) else {key: value})
+        return cls().replace(**flat)
+
+
+_PARTS = {f.name: typing.get_type_hints(RunConfig)[f.name] for f in fields(RunConfig)
+          if isinstance(f.default, _Checked)}
+_HOME = {f.name: part for part, cls in _PARTS.items() for f in fields(cls)}
+_HOME |= {f.name: "" for f in fields(RunConfig) if f.name not in _PARTS}
+ALIASES = {"max_steps": "max_iters"}
+
+_PRESETS: dict[str, dict] = {
+    # A MoE for a laptop CPU: steps in tens of milliseconds, learns the embedded corpus in a minute.
+    "nano": dict(
+        n_layer=4, d_model=128, n_head=4, n_experts=8, expert_width=352, block_size=128, vocab_size=4096,
+        qk_norm=True, attn_gate="sigmoid_head", batch_size=8, learning_rate=3e-3, min_lr=3e-4, warmup_iters=40,
+        lr_decay_iters=400, max_iters=400, load_balance_alpha=0.02, router_temp_anneal_iters=200,
+        router_noise_decay_iters=200, eval_interval=25, eval_iters=8),
+    # The users' top-1 model, with the settings of their Experiment 1.
+    "moe-203m": dict(
+        n_layer=10, d_model=512, n_head=8, n_experts=8, expert_width=1408, block_size=2048, vocab_size=32768,
+        qk_norm=True, attn_gate="sigmoid_head", batch_size=8, gradient_accumulation_steps=8, learning_rate=8e-4,
+        min_lr=3e-5, warmup_iters=1000, lr_decay_iters=8000, max_iters=8000, load_balance_alpha=0.12,
+        router_z_loss_coef=1e-3, router_temp_init=2.2, router_temp_final=1.3, router_temp_anneal_iters=5000,
+        router_noise_std_init=0.9, router_noise_decay_iters=5000),
+    # The dense twin of the users' optimizer comparison.
+    "dense-107m": dict(
+        n_layer=12, d_model=704, n_head=11, n_experts=0, mlp="gelu", block_size=1024, vocab_size=50257,
+        use_rope=False, batch_size=8, gradient_accumulation_steps=2, warmup_iters=100, lr_decay_iters=500,
+        max_iters=500),
+}
+
+
+def preset(name: str, **changes) -> RunConfig:
+    """A named starting point with any fields changed: ``preset("nano", n_experts=16)``. Raises ConfigError."""
+    if name not in _PRESETS:
+        raise ConfigError(f"preset = {name!r}: must be one of {', '.join(map(repr, _PRESETS))}")
+    return RunConfig().replace(**_PRESETS[name]).replace(**changes)
