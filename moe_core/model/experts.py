@@ -1,0 +1,114 @@
+"""SwiGLU experts, stacked: a loop to read and to test against, and a grouped path to run.
+
+Both compute ``y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t))`` over the kept picks e of token t.
+
+Shapes: T tokens, D model width, F expert width, E experts, K picks of a token, N = T * K assignments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_core.model.router import Routing
+
+
+def experts_loop(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """Expert by expert, in any dtype: [T, D] -> [T, D]. The reference; syncs with the device E times."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, routing.weights_TK.dtype))
+    for e in range(w_gate.shape[0]):
+        token, pick = torch.where((routing.experts_TK == e) & routing.kept_TK)
+        x = x_TD[token]
+        out = (F.silu(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]
+        y_TD = y_TD.index_add(0, token, out * routing.weights_TK[token, pick].unsqueeze(-1))
+    return y_TD.to(x_TD.dtype)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token's row to its K places in the order of experts, [T, D] -> [N, D].
+
+    Its backward reads each place back through the inverse permutation: a gather and a sum, where autograd's
+    own backward of indexing adds with atomics, slower and in no fixed order.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, order_N: Tensor, place_N: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(place_N)
+        ctx.K = K
+        return x_TD[order_N // K]
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):
+        (place_N,) = ctx.saved_tensors
+        return grad_ND[place_N].unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Bring the rows back from the order of experts to that of tokens: rows[place], a permutation of N."""
+
+    @staticmethod
+    def forward(ctx, rows_ND: Tensor, order_N: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(order_N)
+        return rows_ND[place_N]
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):
+        (order_N,) = ctx.saved_tensors
+        return grad_ND[order_N], None, None
+
+
+def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """Sort by expert, one grouped matrix product per weight, sort back: [T, D] -> [T, D].
+
+    Shapes are fixed and nothing waits for the device. A dropped assignment is computed with its expert's
+    others and weighted 0: that costs its share of the products, and leaves no row undefined (``grouped_mm``
+    fills no row past its last offset, and the gradient of such rows is undefined too).
+
+    Raises ValueError for float64 and for widths that are no multiple of 16 bytes, which ``grouped_mm``
+    cannot do.
+    """
+    (_, D, width_F), dtype, K = w_gate.shape, x_TD.dtype, routing.experts_TK.shape[1]
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"grouped experts cannot compute in {dtype}; experts_impl='loop' can")
+    multiple = 16 // dtype.itemsize
+    if D % multiple or width_F % multiple:
+        raise ValueError(f"grouped experts in {dtype} need widths that are multiples of {multiple}, "
+                         f"not {D} x {width_F}; experts_impl='loop' takes any")
+
+    # Assignment n = t * K + k. order: which assignment stands at each place; place: its inverse.
+    sorted_N, order_N = routing.experts_TK.flatten().sort(stable=True)
+    place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=x_TD.device))
+    ends_E = torch.searchsorted(sorted_N, torch.arange(len(w_gate), device=x_TD.device), right=True,
+                                out_int32=True)
+
+    rows_ND = _Dispatch.apply(x_TD, order_N, place_N, K)
+    gate_NF = F.grouped_mm(rows_ND, w_gate, offs=ends_E)
+    up_NF = F.grouped_mm(rows_ND, w_up, offs=ends_E)
+    rows_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, w_down, offs=ends_E)
+    out_TKD = _Collect.apply(rows_ND, order_N, place_N).unflatten(0, (-1, K))
+    weights_TK = torch.where(routing.kept_TK, routing.weights_TK, 0.0)
+    return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(dtype)
+
+
+IMPLEMENTATIONS = {"loop": experts_loop, "grouped": experts_grouped}
+
+
+class Experts(nn.Module):
+    """E SwiGLU MLPs without biases: ``w_gate`` and ``w_up`` [E, D, F], ``w_down`` [E, F, D], uninitialised.
+
+    ``impl`` is "grouped" or "loop". Weights are float32 masters; the products are in the input's dtype.
+    """
+
+    def __init__(self, n_experts: int, d_model: int, width: int, impl: str = "grouped"):
+        super().__init__()
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"experts_impl = {impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+        self.impl = impl
+        self.w_gate = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.w_up = nn.Parameter(torch.empty(n_experts, d_model, width))
+        self.w_down = nn.Parameter(torch.empty(n_experts, width, d_model))
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        weights = (w.to(x_TD.dtype) for w in (self.w_gate, self.w_up, self.w_down))
+        return IMPLEMENTATIONS[self.impl](x_TD, routing, *weights)

@@ -1,0 +1,153 @@
+"""The router: who goes where, with what weight, at what loss. All of it in float32.
+
+Routing is data: :func:`route` turns raw logits into a frozen :class:`Routing` and touches nothing else, so
+that it can be checked by hand, asked "what if", and recomputed without counting twice.
+
+Shapes: T tokens, D model width, E experts, K picks of a token, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_core.config import RouterConfig
+
+
+class RouterControls(NamedTuple):
+    """What a knob can turn, as 0-D float32 tensors on the model's device.
+
+    Tensors, because a Python number read in forward would recompile a compiled model at each change.
+    """
+
+    temp: Tensor  # > 0, divides the logits
+    noise_std: Tensor  # >= 0, scales the selection noise
+    capacity_factor: Tensor  # > 0, an expert's room in units of the fair share; unused when dropless
+
+    @classmethod
+    def constant(cls, temp: float, noise_std: float, capacity_factor: float, device=None) -> RouterControls:
+        """Controls that hold the given numbers."""
+        return cls(*(torch.full((), float(value), device=device, dtype=torch.float32)
+                     for value in (temp, noise_std, capacity_factor)))
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What one layer did with one batch, detached; with a leading L after :meth:`stack`."""
+
+    demand_E: Tensor  # float32, assignments that asked for each expert; they add up to T * K
+    served_E: Tensor  # float32, assignments that got in
+    top1_p: Tensor  # float32 0-D, mean over tokens of the probability of the first pick
+    entropy: Tensor  # float32 0-D, mean over tokens of the entropy of the probabilities, in nats
+
+    @staticmethod
+    def stack(layers: Sequence[RouterStats]) -> RouterStats:
+        """The statistics of L layers as one, each tensor with a leading dimension L."""
+        return RouterStats(*(torch.stack([getattr(s, f.name) for s in layers]) for f in fields(RouterStats)))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer's decision for T tokens. Picks are in order of preference, the first choice at K index 0."""
+
+    experts_TK: Tensor  # int64, the experts picked; no expert twice in a row
+    weights_TK: Tensor  # float32, what each expert's output is multiplied by; carries the gradient
+    kept_TK: Tensor  # bool, False where the expert was full: a dropped assignment adds nothing
+    balance_loss: Tensor  # float32 0-D, 1 when balanced, E when collapsed
+    z_loss: Tensor  # float32 0-D, of the raw logits
+    stats: RouterStats
+
+
+def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | None = None, device=None) -> Tensor:
+    """Standard selection noise in float32: "gumbel" is Gumbel(0, 1), "gaussian" is N(0, 1).
+
+    ``generator`` must live on ``device``; None is torch's global one. Raises ValueError for another kind.
+    """
+    noise = torch.empty(tuple(shape), device=device, dtype=torch.float32)
+    if kind == "gaussian":
+        return noise.normal_(generator=generator)
+    if kind == "gumbel":
+        # -log of Exp(1). The clamp keeps a draw of exactly 0 from becoming inf, and 0 * inf a NaN.
+        return noise.exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+    raise ValueError(f"noise kind = {kind!r}: must be 'gumbel' or 'gaussian'")
+
+
+def within_capacity(picks_TKE: Tensor, capacity: Tensor) -> Tensor:
+    """Who gets in, [T, K] bool: first choices before second, earlier tokens before later.
+
+    ``picks_TKE`` is bool and one-hot over E; ``capacity`` is the number of assignments an expert takes.
+    """
+    T, K, E = picks_TKE.shape
+    queue_NE = picks_TKE.transpose(0, 1).reshape(K * T, E)
+    place_N = (queue_NE.cumsum(0) * queue_NE).sum(-1)  # from 1, in the queue of the assignment's own expert
+    return (place_N <= capacity).view(K, T).t()
+
+
+def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None = None, *, top_k: int,
+          norm_topk_prob: bool = False, dropless: bool = True) -> Routing:
+    """Route T tokens by their raw float32 logits.
+
+    Tempered logits t = logits / temp give the probabilities p = softmax(t), free of noise. The K largest of
+    t + noise_std * noise win; their weights are p, or with ``norm_topk_prob`` p divided by its sum over the
+    K. Without ``dropless`` an expert takes ceil(capacity_factor * T * K / E) assignments. The balance loss
+    is E * sum_e demand share_e * mean_T(p_e) (Fedus et al. 2021), the z-loss mean_T(logsumexp(logits)^2)
+    (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`; None selects without noise.
+    """
+    T, E = logits_TE.shape
+    tempered_TE = logits_TE / controls.temp
+    log_probs_TE = tempered_TE.log_softmax(-1)
+    probs_TE = log_probs_TE.exp()
+
+    scores_TE = tempered_TE if noise_TE is None else tempered_TE + controls.noise_std * noise_TE
+    experts_TK = scores_TE.topk(top_k, dim=-1).indices
+    if norm_topk_prob:
+        # The same as p / sum(p), without 0 / 0 where noise picks experts of vanishing probability.
+        weights_TK = tempered_TE.gather(1, experts_TK).softmax(-1)
+    else:
+        weights_TK = probs_TE.gather(1, experts_TK)
+
+    # Compared with a range: bincount would wait for the device, and break a compiled graph.
+    picks_TKE = experts_TK.unsqueeze(-1) == torch.arange(E, device=experts_TK.device)
+    demand_E = picks_TKE.sum((0, 1)).float()
+    if dropless:
+        kept_TK, served_E = torch.ones_like(experts_TK, dtype=torch.bool), demand_E
+    else:
+        # Less a thousandth, or the float32 rounding of a factor such as 1.2 would buy a whole place.
+        capacity = torch.ceil(controls.capacity_factor * (T * top_k / E) - 1e-3).clamp_min(1)
+        kept_TK = within_capacity(picks_TKE, capacity)
+        served_E = (picks_TKE & kept_TK.unsqueeze(-1)).sum((0, 1)).float()
+
+    return Routing(
+        experts_TK=experts_TK,
+        weights_TK=weights_TK,
+        kept_TK=kept_TK,
+        balance_loss=E * (demand_E / (T * top_k) * probs_TE.mean(0)).sum(),
+        z_loss=logits_TE.logsumexp(-1).square().mean(),
+        stats=RouterStats(
+            demand_E=demand_E,
+            served_E=served_E,
+            top1_p=probs_TE.detach().gather(1, experts_TK[:, :1]).mean(),
+            entropy=-(probs_TE * log_probs_TE).detach().sum(-1).mean(),
+        ),
+    )
+
+
+class Router(nn.Module):
+    """A linear layer with a bias, then :func:`route`. ``weight`` [E, D] and ``bias`` [E], uninitialised."""
+
+    def __init__(self, d_model: int, n_experts: int, config: RouterConfig):
+        super().__init__()
+        self.top_k, self.norm_topk_prob, self.dropless = config.top_k, config.norm_topk_prob, config.dropless
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.bias = nn.Parameter(torch.empty(n_experts))
+
+    def forward(self, x_TD: Tensor, controls: RouterControls, noise_TE: Tensor | None = None) -> Routing:
+        # In bfloat16 two or three choices in a thousand would flip.
+        logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
+        return route(logits_TE, controls, noise_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob,
+                     dropless=self.dropless)
