@@ -1,0 +1,141 @@
+"""What can be turned while a model trains, and what each knob says at each step.
+
+A knob follows its schedule, holds a value, or ramps to one and holds it there. Its value at a step is a
+pure function of its setting and the step, so a resumed or replayed run reads the same numbers.
+:class:`Knobs` mirrors the values into 0-D tensors: the model reads those, so that turning a knob
+recompiles nothing and waits for no device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from moe_core.config import RunConfig
+
+
+class KnobError(ValueError):
+    """A turn that cannot be: one line with the knob, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class KnobSpec:
+    """What a knob is: the values it accepts, the range a slider offers, and the metric that records it."""
+
+    name: str
+    low: float
+    high: float
+    slider: tuple[float, float]
+    metric: str
+    routes: bool  # acts on the router, so a dense model has no such knob
+
+
+KNOBS = {spec.name: spec for spec in (
+    KnobSpec("router_temp", 0.01, 100.0, (0.1, 4.0), "router/temp", True),
+    KnobSpec("router_noise_std", 0.0, 100.0, (0.0, 2.0), "router/noise_std", True),
+    KnobSpec("load_balance_alpha", 0.0, 100.0, (0.0, 0.5), "router/load_balance_alpha", True),
+    KnobSpec("router_z_loss_coef", 0.0, 10.0, (0.0, 0.02), "router/z_loss_coef", True),
+    KnobSpec("capacity_factor", 0.01, 1000.0, (0.25, 4.0), "router/capacity_factor", True),
+    KnobSpec("lr_scale", 0.0, 100.0, (0.0, 3.0), "lr_scale", False),
+    KnobSpec("grad_clip", 1e-4, 1e6, (0.1, 5.0), "grad/clip", False),
+)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a knob is set. ``start`` and ``since`` are a ramp's first value and the step that first moves."""
+
+    mode: str = "follow"
+    value: float | None = None
+    over: int | None = None
+    start: float | None = None
+    since: int | None = None
+
+
+class Knob:
+    """One knob: ``at(step)`` is its value for the optimizer step with that number (the first is 1)."""
+
+    def __init__(self, spec: KnobSpec, schedule: Callable[[int], float]):
+        self.spec = spec
+        self.scheduled = schedule
+        self.setting = Setting()
+
+    def at(self, step: int) -> float:
+        s = self.setting
+        if s.mode == "follow":
+            return self.scheduled(step)
+        if s.mode == "hold" or step - s.since + 1 >= s.over:
+            return s.value
+        return s.start + (s.value - s.start) * (step - s.since + 1) / s.over
+
+    def turn(self, mode: str, value: float | None, over: int | None, step: int) -> None:
+        """Set the knob from ``step`` on. The request must have passed :func:`check_turn`."""
+        if mode == "ramp":
+            self.setting = Setting(mode, float(value), over, start=self.at(step - 1), since=step)
+        else:
+            self.setting = Setting(mode, None if value is None else float(value))
+
+
+def check_turn(name: str, mode: str, value: float | None = None, over: int | None = None) -> None:
+    """Refuse what no knob can do, where it is asked. Raises KnobError."""
+    spec = KNOBS[name]
+    if mode not in ("follow", "hold", "ramp"):
+        raise KnobError(f"{name}: mode = {mode!r}: must be 'follow', 'hold' or 'ramp'")
+    if mode == "follow":
+        if value is not None or over is not None:
+            raise KnobError(f"{name}: follow takes no value; the schedule says what it is")
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not spec.low <= value <= spec.high:
+        raise KnobError(f"{name} = {value!r}: must be a number from {spec.low:g} to {spec.high:g}")
+    if mode == "ramp" and (not isinstance(over, int) or isinstance(over, bool) or over < 1):
+        raise KnobError(f"{name}: over = {over!r}: must be a whole number of steps, at least 1")
+
+
+def _linear(first: float, last: float, iters: int) -> Callable[[int], float]:
+    """``first`` at step 1, ``last`` from step ``iters + 1`` on."""
+    return lambda step: last if step > iters else first + (last - first) * (step - 1) / iters
+
+
+def _constant(value: float) -> Callable[[int], float]:
+    return lambda step: value
+
+
+class Knobs(dict[str, Knob]):
+    """Every knob that this run has, by name, and their present values as 0-D float32 tensors."""
+
+    def __init__(self, config: RunConfig, device: torch.device | str = "cpu"):
+        r, schedules = config.router, {}
+        if config.model.n_experts:
+            schedules = {
+                "router_temp": _linear(r.router_temp_init, r.router_temp_final, r.router_temp_anneal_iters),
+                "router_noise_std": _linear(r.router_noise_std_init, 0.0, r.router_noise_decay_iters),
+                "load_balance_alpha": _constant(r.load_balance_alpha),
+                "router_z_loss_coef": _constant(r.router_z_loss_coef),
+            }
+            if not r.dropless:
+                schedules["capacity_factor"] = _constant(r.capacity_factor)
+        schedules["lr_scale"] = _constant(1.0)
+        schedules["grad_clip"] = _constant(config.optim.grad_clip)
+        super().__init__((name, Knob(KNOBS[name], schedule)) for name, schedule in schedules.items())
+        self.tensors = {name: torch.zeros((), device=device) for name in self}
+
+    def __missing__(self, name: str):
+        raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")
+
+    def read(self, step: int) -> dict[str, float]:
+        """The values that hold for ``step``; the tensors are set to them."""
+        values = {name: knob.at(step) for name, knob in self.items()}
+        for name, value in values.items():
+            self.tensors[name].fill_(value)  # a launch with a host scalar: nothing waits for the device
+        return values
+
+    def state_dict(self) -> dict[str, dict]:
+        return {name: asdict(knob.setting) for name, knob in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        for name, setting in state.items():
+            self[name].setting = Setting(**setting)

@@ -1,0 +1,82 @@
+"""From what a step left on the device to the metrics by name.
+
+A step packs all it has to say into one float32 vector (:func:`pack`), which crosses to the host once;
+:class:`Reading` gives the vector its names back, and :func:`router_metrics` derives the published metrics.
+
+L layers, E experts. Demand is the share of a layer's assignments that asked for an expert; served is the
+share of the same assignments that got in, so the two are equal where nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_core.model import Output
+
+COLLAPSED_SHARE = 0.90  # largest demand of one expert at which a layer counts as collapsed
+
+
+def pack(out: Output) -> Tensor:
+    """All that one micro-batch reports, as one flat float32 vector on its device."""
+    parts = [out.losses["ce"].detach()]
+    if out.stats is not None:
+        s = out.stats
+        parts += [out.balance_L, out.z_L, s.top1_p, s.entropy, s.demand_E, s.served_E]
+    return torch.cat([part.float().reshape(-1) for part in parts])
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A packed vector, unpacked: means over the step's micro-batches; assignment counts as shares."""
+
+    ce: float
+    balance_L: np.ndarray
+    z_L: np.ndarray
+    top1_p_L: np.ndarray
+    entropy_L: np.ndarray
+    shares: np.ndarray  # float32 [2, L, E]: demand, served; L = E = 0 when dense
+
+    @classmethod
+    def unpack(cls, vector: np.ndarray, n_layer: int, n_experts: int) -> Reading:
+        """``vector`` is the mean of :func:`pack` over micro-batches of equal size."""
+        if not n_experts:
+            nothing = np.zeros(0, np.float32)
+            return cls(float(vector[0]), nothing, nothing, nothing, nothing, np.zeros((2, 0, 0), np.float32))
+        per_layer = vector[1 : 1 + 4 * n_layer].reshape(4, n_layer)
+        counts = vector[1 + 4 * n_layer :].reshape(2, n_layer, n_experts)
+        asked = counts[0].sum(-1, keepdims=True)  # every assignment asks for exactly one expert
+        return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32))
+
+
+def router_metrics(reading: Reading, alpha: float) -> dict[str, float]:
+    """The router's metrics of one step: means over layers, then every layer by itself.
+
+    A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it.
+    """
+    demand_LE, served_LE = reading.shares
+    top_L = demand_LE.max(-1)
+    active_L = (demand_LE > 0).sum(-1)
+    per_layer = {
+        "router/aux_mean": alpha * reading.balance_L,
+        "router/z_mean": reading.z_L,
+        "router/max_frac_mean": top_L,
+        "router/active_mean": active_L,
+        "router/drop_frac_mean": (demand_LE - served_LE).sum(-1),  # exactly 0 when nothing is dropped
+        "router/top1_p_mean": reading.top1_p_L,
+        "router/entropy_mean": reading.entropy_L,
+    }
+    out = {name: float(values.mean()) for name, values in per_layer.items()}
+    out["router/max_frac_max"] = float(top_L.max())
+    out["router/active_min"] = float(active_L.min())
+    out["router/collapsed"] = float(top_L.max() >= COLLAPSED_SHARE or active_L.min() <= 1)
+    for key, share_E in (("dem", demand_LE.mean(0)), ("srv", served_LE.mean(0))):
+        out[f"router/frac_{key}_max"] = float(share_E.max())
+        out[f"router/active_{key}"] = float((share_E > 0).sum())
+        out |= {f"router/frac_{key}_e{i}": float(share) for i, share in enumerate(share_E)}
+    for name, values in per_layer.items():
+        out |= {f"{name}/layer_{layer}": float(value) for layer, value in enumerate(values)}
+    return out

@@ -1,0 +1,176 @@
+"""Training in a background thread, steered at step boundaries.
+
+A session owns the one thread that moves its run. Whoever wants something posts a :class:`Command`; it is
+applied at the next step boundary, before the forward pass, and written down with the step from which it
+holds. While nothing trains the run stands at a boundary, so a command is applied at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+
+from moe_core.trainer import NonFiniteError
+
+BUSY = ("training", "pausing")
+_alive: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A step cut short by the interpreter's end would crash in native code; let each finish its own."""
+    for session in list(_alive):
+        session.close()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A wish: ``kind`` ("knob" or "note"), what it says, and when (seconds since the epoch) it was asked."""
+
+    kind: str
+    payload: dict
+    asked: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. ``tok_s`` and ``seconds_left`` are of the present chunk; None before its first step."""
+
+    state: str  # idle, training, pausing, paused or failed
+    step: int
+    chunk_done: int
+    chunk_total: int
+    tok_s: float | None
+    seconds_left: float | None
+    error: str | None
+
+
+class Session:
+    """``Session(run)``: the run in a background thread. A second one for the same run closes the first."""
+
+    def __init__(self, run):
+        if run.session is not None:
+            run.session.close()
+        run.session = self
+        self._run = run
+        self._changed = threading.Condition()  # guards all below; never held while a step is computed
+        self._queue: deque[Command] = deque()
+        self._state = "idle"
+        self._done = self._total = 0
+        self._clock = 0.0
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        _alive.add(self)
+
+    @property
+    def state(self) -> str:
+        """"idle", "training", "pausing", "paused" or "failed"."""
+        return self._state
+
+    def start(self, n: int) -> None:
+        """Train ``n`` optimizer steps more; returns at once. While a chunk runs, it grows by ``n``."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("this session is closed; use run.session, the one that took its place")
+            if self._state in BUSY:
+                self._total += n
+                self._state = "training"
+            else:
+                self._done, self._total, self._error, self._state = 0, n, None, "training"
+                self._clock = time.perf_counter()
+                self._thread = threading.Thread(target=self._work, name="moe-training", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Stop at the next step boundary; what is left of the chunk is dropped. Returns at once."""
+        with self._changed:
+            if self._state == "training":
+                self._state = "pausing"
+                self._changed.notify_all()
+
+    def post(self, command: Command) -> None:
+        """Have ``command`` applied at the next step boundary; at once when nothing trains."""
+        with self._changed:
+            self._queue.append(command)
+            if self._state not in BUSY:
+                self._drain()
+
+    def pending(self) -> list[Command]:
+        """What was posted and is not applied yet, oldest first."""
+        with self._changed:
+            return list(self._queue)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing trains; False when ``timeout`` seconds pass first.
+
+        Raises what the training thread raised, if it did.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._state not in BUSY, timeout):
+                return False
+            if self._error is not None:
+                raise self._error
+            return True
+
+    def progress(self) -> Progress:
+        with self._changed:
+            took = time.perf_counter() - self._clock
+            left = took / self._done * (self._total - self._done) if self._done else None
+            return Progress(
+                self._state, self._run.current_step, self._done, self._total,
+                self._done * self._run.config.tokens_per_step / took if self._done and self._state in BUSY else None,
+                left if self._state in BUSY else None,
+                None if self._error is None else f"{type(self._error).__name__}: {self._error}")
+
+    def close(self) -> None:
+        """Stop at the next step boundary and wait for it. The run stays as it is; closing twice is fine."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+        self.pause()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _work(self) -> None:
+        try:
+            while self._boundary():
+                self._run.advance()
+                with self._changed:
+                    self._done += 1
+                    self._changed.notify_all()
+        except BaseException as error:  # whatever it is, it must reach the person and not die with the thread
+            self._fail(error)
+
+    def _boundary(self) -> bool:
+        """Apply what was posted; True if one more step is wanted."""
+        with self._changed:
+            self._drain()
+            if self._state == "training" and self._done < self._total:
+                return True
+            self._state = "paused" if self._done < self._total else "idle"
+            self._changed.notify_all()
+            return False
+
+    def _drain(self) -> None:
+        while self._queue:
+            self._run.apply(self._queue[0])
+            self._queue.popleft()  # after it is on disk, so that a failed write loses no wish
+
+    def _fail(self, error: BaseException) -> None:
+        try:
+            self._run.record_error(error)
+        except Exception as second:
+            error.add_note(f"and it could not be written to the run's events: {second}")
+        with self._changed:
+            self._error = error
+            # A run that turned non-finite is whole: the bad step was not applied, and it can go on.
+            self._state = "paused" if isinstance(error, NonFiniteError) else "failed"
+            self._changed.notify_all()

@@ -1,0 +1,152 @@
+"""One optimizer step at a time: no files, no printing, no thread of its own.
+
+What the host must know of a step crosses from the device once, before the update is applied, so that a
+step whose loss or gradient is not finite is never applied.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_core.config import ConfigError, RunConfig
+from moe_core.data import Batches
+from moe_core.knobs import Knobs
+from moe_core.metrics import Reading, pack, router_metrics
+from moe_core.model import RouterControls, Transformer
+from moe_core.optim import build_optimizer, lr_shape, set_lr
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss term or the gradient of a step is not finite. The step was not applied."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What optimizer step number ``step`` (the first is 1) did and saw.
+
+    ``metrics``: the published names; loss, shares and the rest are of the forward passes of this step, hence
+    of the weights before its update, and means over all its micro-batches; ``val/...`` is of the weights
+    after it. ``shares``: float32 [2, L, E], demand and served as shares of assignments.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    shares: np.ndarray
+
+
+def resolve_device(config: RunConfig) -> torch.device:
+    """The device that ``config.device`` means here. Raises ConfigError where it is not to be had."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': no CUDA device is available to torch here; use 'auto' or 'cpu'")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """Model, optimizer, knobs and batches, moved one optimizer step by :meth:`step`."""
+
+    def __init__(self, config: RunConfig, knobs: Knobs, train: Batches, validation: Sequence[Tensor]):
+        """``train`` and ``validation`` give int64 token windows [B, block_size + 1]."""
+        self.config, self.knobs, self.train, self.validation = config, knobs, train, validation
+        self.device = resolve_device(config)
+        self.model = Transformer(
+            config.model, config.router, experts_impl=config.experts_impl, seed=config.seed,
+            compute_dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+        ).to(self.device)
+        self.optimizer = build_optimizer(config.optim, self.model)
+        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.steps_done = 0
+        self.clipped = 0
+
+    def step(self) -> StepRecord:
+        """Do one optimizer step. On an exception the weights and the next batch are as before it."""
+        started = time.perf_counter()
+        cursor, noise = self.train.state_dict(), self.noise.get_state()
+        try:
+            number = self.steps_done + 1
+            values = self.knobs.read(number)
+            reading, norm = self._backward()
+            metrics = self._metrics(number, values, reading, norm)
+            _refuse_nonfinite(number, metrics)
+        except BaseException:
+            self.train.load_state_dict(cursor)
+            self.noise.set_state(noise)
+            raise
+        self._update(number, values, norm)
+        self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
+        metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
+        every = self.config.eval_interval
+        if every and number % every == 0:
+            metrics["val/loss"] = self.evaluate()
+            metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
+        return StepRecord(number, metrics, reading.shares)
+
+    def _controls(self) -> RouterControls | None:
+        if not self.config.model.n_experts:
+            return None
+        t = self.knobs.tensors
+        return RouterControls(t["router_temp"], t["router_noise_std"], t.get("capacity_factor"))
+
+    def _backward(self) -> tuple[Reading, float]:
+        """Gradients of the mean loss over the step's micro-batches; what they report; the gradient's norm."""
+        optim, model = self.config.optim, self.config.model
+        controls, report = self._controls(), None
+        self.model.train()
+        self.optimizer.zero_grad()
+        for _ in range(optim.gradient_accumulation_steps):
+            window = self.train.next().to(self.device, non_blocking=True)
+            out = self.model(window[:, :-1], window[:, 1:], controls=controls, generator=self.noise)
+            loss = out.losses["ce"]
+            if model.n_experts:
+                t = self.knobs.tensors
+                loss = (loss + t["load_balance_alpha"] * out.losses["balance"]
+                        + t["router_z_loss_coef"] * out.losses["z"])
+            (loss / optim.gradient_accumulation_steps).backward()
+            report = pack(out) if report is None else report + pack(out)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        vector = torch.cat([report / optim.gradient_accumulation_steps, norm.reshape(1)]).cpu().numpy()
+        return Reading.unpack(vector[:-1], model.n_layer, model.n_experts), float(vector[-1])
+
+    def _update(self, number: int, values: dict[str, float], norm: float) -> None:
+        if norm > values["grad_clip"]:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"], torch.tensor(norm))
+        set_lr(self.optimizer, lr_shape(self.config.optim, number) * values["lr_scale"])
+        self.optimizer.step()
+
+    def _metrics(self, number: int, values: dict[str, float], reading: Reading, norm: float) -> dict[str, float]:
+        optim = self.config.optim
+        routed = router_metrics(reading, values["load_balance_alpha"]) if self.config.model.n_experts else {}
+        aux = routed.get("router/aux_mean", 0.0)
+        z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
+        return {
+            "train/loss": reading.ce + aux + z,
+            "train/ce": reading.ce,
+            "lr": optim.learning_rate * lr_shape(optim, number) * values["lr_scale"],
+            "train/tokens_b": number * self.config.tokens_per_step / 1e9,
+            "grad/norm": norm,
+            "grad/clipped_cum": float(self.clipped + (norm > values["grad_clip"])),
+            **{self.knobs[name].spec.metric: value for name, value in values.items()},
+            **routed,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean cross-entropy in nats over the validation batches, without noise, at the knobs' present values."""
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for window in self.validation:
+            window = window.to(self.device, non_blocking=True)
+            total += self.model(window[:, :-1], window[:, 1:], controls=self._controls()).losses["ce"]
+        return float(total) / len(self.validation)
+
+
+def _refuse_nonfinite(number: int, metrics: dict[str, float]) -> None:
+    for name in ("train/ce", "router/aux_mean", "router/z_mean", "grad/norm"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise NonFiniteError(f"step {number}: {name} is {metrics[name]}; the step was not applied")

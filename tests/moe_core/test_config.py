@@ -1,0 +1,47 @@
+import json
+
+import pytest
+
+from moe_core.config import ConfigError, RunConfig, preset
+
+REFUSED = [
+    (dict(topk=2), "topk = 2: there is no such field; did you mean top_k?"),
+    (dict(n_layer="4"), "n_layer = '4': must be a whole number"),
+    (dict(n_layer=True), "n_layer = True: must be a whole number"),
+    (dict(learning_rate=float("nan")), "learning_rate = nan: must be a finite number"),
+    (dict(router_noise_std_init=-1), "router_noise_std_init = -1: must be at least 0"),
+    (dict(router_temp_init=0), "router_temp_init = 0: must be more than 0"),
+    (dict(router_temp_final=-0.5), "router_temp_final = -0.5: must be more than 0"),
+    (dict(capacity_factor=0), "capacity_factor = 0: must be more than 0"),
+    (dict(top_k=9), "top_k = 9: must be at most n_experts = 8"),
+    (dict(norm_topk_prob=True), "norm_topk_prob = True: must be False when top_k = 1"),
+    (dict(n_head=3), "d_model = 128: must be divisible by n_head = 3"),
+    (dict(n_kv_heads=3), "n_kv_heads = 3: must divide n_head = 4"),
+    (dict(expert_width=30), "expert_width = 30: must be a multiple of 8"),
+    (dict(router_noise_type="cauchy"), "router_noise_type = 'cauchy': must be one of 'gumbel', 'gaussian'"),
+    (dict(min_lr=1.0), "min_lr = 1.0: must be at most learning_rate = 0.003"),
+    (dict(max_steps=1, max_iters=2), "max_iters = 2: given twice"),
+    (dict(dataset_name=" "), "dataset_name = ' ': must not be empty"),
+]
+
+
+@pytest.mark.parametrize("fields, line", REFUSED, ids=[str(next(iter(f))) + str(i) for i, (f, _) in enumerate(REFUSED)])
+def test_a_wrong_field_is_refused_in_one_line_that_names_it(fields, line):
+    """Each refusal is one line: the field, the value, what would be right."""
+    with pytest.raises(ConfigError) as refused:
+        preset("nano", **fields)
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="preset = 'micro': must be one of 'nano', 'moe-203m', 'dense-107m'"):
+        preset("micro")
+
+
+@pytest.mark.parametrize("name", ["nano", "moe-203m", "dense-107m"])
+def test_a_config_survives_json(name):
+    """from_dict is the inverse of to_dict through real JSON, for every preset with changed fields."""
+    config = preset(name, seed=7, max_steps=3, n_kv_heads=1)
+    assert config.optim.max_iters == 3
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
