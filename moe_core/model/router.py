@@ -48,7 +48,7 @@ class RouterStats:
     @staticmethod
     def stack(layers: Sequence[RouterStats]) -> RouterStats:
         """The statistics of L layers as one, each tensor with a leading dimension L."""
-        return RouterStats(*(torch.stack([getattr(s, f.name) for s in layers]) for f in fields(RouterStats)))
+        return RouterStats(*(torch.stack([getattr(s, f.name) for s in layers]) for f in fields(layers[0])))
 
 
 @dataclass(frozen=True)
