@@ -15,5 +15,15 @@ from moe_core.config import (  # noqa: E402
     RunConfig,
     preset,
 )
+from moe_core.data import DataError  # noqa: E402
+from moe_core.knobs import KnobError  # noqa: E402
+from moe_core.run import Run, free_path  # noqa: E402
+from moe_core.session import Command, Progress, Session  # noqa: E402
+from moe_core.store import RunStore, StoreError  # noqa: E402
+from moe_core.trainer import NonFiniteError, StepRecord, Trainer  # noqa: E402
 
-__all__ = ["ConfigError", "DataConfig", "ModelConfig", "OptimConfig", "RouterConfig", "RunConfig", "preset"]
+__all__ = [
+    "Command", "ConfigError", "DataConfig", "DataError", "KnobError", "ModelConfig", "NonFiniteError",
+    "OptimConfig", "Progress", "RouterConfig", "Run", "RunConfig", "RunStore", "Session", "StepRecord",
+    "StoreError", "Trainer", "free_path", "preset",
+]
