@@ -1,0 +1,272 @@
+"""The whole model: its size, its start, its losses, and that nothing but its arguments moves it."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_core.config import preset
+from moe_core.model import RouterControls, Transformer, count_params, draw_noise
+
+TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61, block_size=16)
+VARIANTS = {
+    "gated top-1": {},
+    "top-2 GQA": dict(top_k=2, norm_topk_prob=True, n_kv_heads=2, attn_gate="none", qk_norm=False),
+    "learned positions, capacity": dict(use_rope=False, dropless=False, capacity_factor=0.8),
+    "dense swiglu": dict(n_experts=0),
+    "dense gelu": dict(n_experts=0, mlp="gelu", use_rope=False, n_kv_heads=1),
+}
+
+
+def build(config=TINY, seed=0, **how):
+    return Transformer(config.model, config.router, seed=seed, **how)
+
+
+def batch(config=TINY, seed=0, size=4):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (size, config.model.block_size + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def total(output):
+    return sum(output.losses.values())
+
+
+def gradients(model, loss):
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+# Size
+
+@pytest.mark.parametrize("name, expected", [("moe-203m", 202_952_528), ("dense-107m", 107_488_128), ("nano", None)])
+def test_presets_have_the_parameters_they_are_named_for(name, expected):
+    """Counted on the meta device, and computed from the structure, to the last one."""
+    config = preset(name)
+    with torch.device("meta"):
+        model = build(config)
+    real = sum(p.numel() for p in model.parameters())
+    assert real == model.num_params() == (expected or real)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_computed_size_is_the_real_one(variant):
+    """The formula follows every choice of architecture."""
+    config = TINY.replace(**VARIANTS[variant])
+    assert count_params(config.model) == sum(p.numel() for p in build(config).parameters())
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v])
+def test_flops_are_those_that_torch_counts(variant):
+    """Matrix products of forward and backward, counted as they run; the router included, norms not."""
+    config = TINY.replace(**VARIANTS[variant])
+    model, (tokens, targets) = build(config, experts_impl="loop"), batch(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, targets).losses["ce"].backward()
+    assert counter.get_total_flops() == tokens.numel() * model.flops_per_token()
+
+
+def test_flops_of_the_203m_model():
+    """435 MFLOP a token at 2048 tokens in the PaLM convention."""
+    with torch.device("meta"):
+        assert build(preset("moe-203m")).flops_per_token() == 435_142_656
+
+
+# Start
+
+@pytest.mark.parametrize("name", ["nano", "moe-203m", "dense-107m"])
+def test_first_cross_entropy_is_that_of_a_uniform_guess(name):
+    """Within 0.1 of ln V at the preset's width and vocabulary."""
+    config = preset(name, n_layer=2, block_size=64)
+    model, (tokens, targets) = build(config).eval(), batch(config, size=2)
+    with torch.no_grad():
+        first = model(tokens, targets).losses["ce"].item()
+    assert abs(first - math.log(config.model.vocab_size)) < 0.1
+
+
+def test_weights_come_from_the_seed_alone():
+    """The same seed gives the same weights, another seed others, None fresh ones; the global stream stays."""
+    before = torch.get_rng_state()
+    one, same, other, fresh, fresher = (build(seed=s).state_dict() for s in (1, 1, 2, None, None))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    for a, b in ((one, other), (fresh, fresher)):
+        assert all(not torch.equal(a[k], b[k]) for k in a if "norm" not in k and "bias" not in k)
+
+
+# Losses and gradients
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "dense" not in v])
+def test_model_gives_the_same_with_either_expert_path(variant):
+    """All losses, all statistics and every parameter's gradient, in training with noise."""
+    config = TINY.replace(**VARIANTS[variant])
+    loop, grouped = build(config, experts_impl="loop"), build(config)
+    controls = RouterControls.constant(1.5, 0.7, 0.8)
+    a, b = (m(*batch(config), controls=controls, generator=rng()) for m in (loop, grouped))
+    torch.testing.assert_close(a.losses, b.losses)
+    assert torch.equal(a.stats.demand_E, b.stats.demand_E) and torch.equal(a.stats.served_E, b.stats.served_E)
+    torch.testing.assert_close(gradients(loop, total(a)), gradients(grouped, total(b)), atol=1e-6, rtol=1e-4)
+
+
+def test_language_model_loss_teaches_a_top1_router():
+    """At K = 1 the cross-entropy alone has a gradient on every layer's router (renormalised weights: 1e-8)."""
+    model, (tokens, targets) = build(), batch()
+    routers = [block.mlp.router.weight for block in model.blocks]
+    grads = torch.autograd.grad(model(tokens, targets).losses["ce"], routers)
+    assert all(g.norm() > 1e-4 for g in grads)
+
+
+def test_losses_of_one_layer_do_not_hide_in_the_mean():
+    """Layers that collapse on different experts score E each, and E in the mean; pooled they would score 1."""
+    model = build()
+    with torch.no_grad():
+        for expert, block in enumerate(model.blocks):
+            block.mlp.router.bias[expert] = 50.0
+    output = model(*batch())
+    torch.testing.assert_close(output.balance_L, torch.full((3,), 4.0))
+    torch.testing.assert_close(output.losses["balance"], output.balance_L.mean())
+    torch.testing.assert_close(output.losses["z"], output.z_L.mean())
+    assert output.stats.demand_E.argmax(-1).tolist() == [0, 1, 2]
+
+
+def test_dense_model_has_one_loss_and_no_statistics():
+    """Without experts there is the cross-entropy alone, and no noise is drawn."""
+    generator = rng()
+    state = generator.get_state()
+    output = build(TINY.replace(n_experts=0))(*batch(), generator=generator)
+    assert list(output.losses) == ["ce"]
+    assert output.stats is None and output.balance_L is None and output.z_L is None
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_cross_entropy_is_that_of_the_returned_logits():
+    """Logits come when asked for or when there are no targets, and are the loss's own."""
+    model, (tokens, targets) = build().eval(), batch()
+    output = model(tokens, targets, return_logits=True)
+    expected = -output.logits_BSV.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    torch.testing.assert_close(output.losses["ce"], expected)
+    torch.testing.assert_close(model(tokens).logits_BSV, output.logits_BSV)
+    assert model(tokens, targets).logits_BSV is None and "ce" not in model(tokens).losses
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v])
+def test_no_token_sees_the_future(variant):
+    """Changing one token changes its own logits and later ones, and none before."""
+    config = TINY.replace(**VARIANTS[variant])
+    model, (tokens, _) = build(config).eval(), batch(config)
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % config.model.vocab_size
+    moved = (model(tokens).logits_BSV - model(changed).logits_BSV).abs().amax(-1)
+    assert moved[:, :7].max() < 1e-6
+    assert (moved[:, 7:].amax(0) > 1e-5).all()
+
+
+def test_bfloat16_compute_keeps_float32_masters_losses_and_routing():
+    """Activations in bfloat16 move the loss by its rounding; weights, gradients and losses stay float32."""
+    exact, model = build(), build(compute_dtype=torch.bfloat16)
+    output, expected = model(*batch(), return_logits=True), exact(*batch())
+    assert output.logits_BSV.dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 for loss in output.losses.values())
+    assert all(g.dtype == torch.float32 for g in gradients(model, total(output)).values())
+    torch.testing.assert_close(output.losses, expected.losses, atol=0, rtol=5e-3)
+
+
+def test_a_sequence_longer_than_the_block_is_refused():
+    """By its length and the field that allows less."""
+    with pytest.raises(ValueError, match="17 tokens.*block_size = 16"):
+        build()(torch.zeros(1, 17, dtype=torch.int64))
+
+
+# Noise, knobs and recomputation
+
+def test_noise_is_absent_in_eval():
+    """In eval even a huge noise_std moves nothing and draws nothing; in training it moves the routing."""
+    model, (tokens, targets) = build(), batch()
+    loud = RouterControls.constant(1.0, 100.0, 1.25)
+    outputs = {}
+    for training in (False, True):
+        generator = rng()
+        state = generator.get_state()
+        outputs[training] = model.train(training)(tokens, targets, controls=loud, generator=generator)
+        assert torch.equal(generator.get_state(), state) is not training
+    plain = model.eval()(tokens, targets)
+    torch.testing.assert_close(outputs[False].losses, plain.losses, atol=0, rtol=0)
+    assert not torch.equal(outputs[True].stats.demand_E, plain.stats.demand_E)
+
+
+def test_a_turned_knob_leaves_later_random_numbers_where_they_were():
+    """Noise is drawn whatever its scale: after a forward the generator stands in the same place."""
+    model, states = build(), []
+    for noise_std in (0.0, 1.0):
+        generator = rng()
+        model(*batch(), controls=RouterControls.constant(1.0, noise_std, 1.25), generator=generator)
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+def test_recomputed_activations_change_nothing():
+    """Under activation checkpointing: the same losses, statistics (counted once) and gradients."""
+    plain, saving = build(), build()
+    for block in saving.blocks:
+        block.forward = (lambda forward: lambda *args: checkpoint(forward, *args, use_reentrant=False))(block.forward)
+    controls = RouterControls.constant(1.3, 0.5, 1.25)
+    a, b = (m(*batch(), controls=controls, generator=rng()) for m in (plain, saving))
+    grads = gradients(plain, total(a)), gradients(saving, total(b))
+    torch.testing.assert_close(a.losses, b.losses, atol=0, rtol=0)
+    torch.testing.assert_close(*grads, atol=0, rtol=0)
+    torch.testing.assert_close(dataclasses.asdict(a.stats), dataclasses.asdict(b.stats), atol=0, rtol=0)
+
+
+class _WaitsForDevice(TorchDispatchMode):
+    """Records operators whose result the host must wait for on a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "item", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indexes_by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool
+            for a in args if isinstance(a, list | tuple) for i in a)
+        if any(w in name for w in self.WAITING) or indexes_by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropless", [True, False])
+def test_nothing_waits_for_the_device(dropless):
+    """Forward and backward of the grouped path use no operator that syncs; the loop, which may, is caught."""
+    config = TINY.replace(dropless=dropless, top_k=2)
+    seen = {}
+    for impl in ("grouped", "loop"):
+        model = build(config, experts_impl=impl)
+        with _WaitsForDevice() as mode:
+            total(model(*batch(config), generator=rng())).backward()
+        seen[impl] = mode.seen
+    assert seen["grouped"] == [] and seen["loop"]
+
+
+def test_turning_a_knob_recompiles_nothing():
+    """One graph without breaks serves every value of every control, and gives eager's numbers."""
+    config = TINY.replace(dropless=False)
+    model, (tokens, targets) = build(config, compute_dtype=torch.bfloat16), batch(config)
+    noise = draw_noise("gumbel", (3, tokens.numel(), 4), rng())
+    torch._dynamo.reset()
+    compiled = torch.compile(model.compute, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for controls in (RouterControls.constant(*c) for c in ((1.0, 0.0, 1.25), (1.3, 0.5, 1.0), (0.7, 2.0, 0.4))):
+            output = compiled(tokens, targets, controls, noise)
+            total(output).backward()
+            torch.testing.assert_close(output.losses, model.compute(tokens, targets, controls, noise).losses)
