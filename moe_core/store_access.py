@@ -1,0 +1,141 @@
+"""Who may open a run's file, and how: making and checking it, connections, the lock of its one writer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from moe_core.store_schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
+
+FILE = "run.sqlite"
+LOCK = "writer.lock"  # held by the process that writes; the system frees it however that process ends
+
+
+class StoreError(RuntimeError):
+    """The run's file cannot be made, opened, read or written: one line, with its path and why."""
+
+
+@contextlib.contextmanager
+def as_store_error(path: Path) -> Iterator[None]:
+    """Turns what SQLite and the system raise into a StoreError about ``path``."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise StoreError where :func:`make` would: ``path`` is taken, or cannot be made. Writes nothing."""
+    with as_store_error(path):
+        if os.path.lexists(path):
+            open_it = "open that run, or " if (path / FILE).is_file() else ""
+            raise StoreError(f"{path}: exists already; {open_it}choose another directory")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise StoreError(f"{path}: cannot be made, {above} is not a directory")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise StoreError(f"{path}: cannot be made, no write access to {above}")
+
+
+def make(path: Path, config: Mapping[str, Any]) -> None:
+    """A run's directory with an empty store; ``config`` is JSON values. Raises StoreError."""
+    refuse_existing(path)
+    try:
+        meta = [("config", json.dumps(config, allow_nan=False)), ("created", json.dumps(time.time()))]
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path}: the config is not JSON: {error}") from error
+    # Made beside its place and moved there whole, so that a crash leaves no half of a run.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    with as_store_error(path):
+        try:
+            draft.mkdir(parents=True)
+            with contextlib.closing(connect(draft / FILE, "rwc")) as db:
+                if db.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+                    raise StoreError(f"{path}: SQLite has no WAL mode on this file system; use a local disk")
+                create_schema(db, time.time())
+                db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+            draft.rename(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def check(path: Path) -> None:
+    """Raise StoreError unless ``path`` is a run that this code can read. Writes nothing.
+
+    It asks through SQLite on purpose: a plain open() and close() of the file in the process that writes it
+    would drop that process's locks on it, as POSIX has it.
+    """
+    file = path / FILE
+    if not path.exists():
+        raise StoreError(f"{path}: there is no such directory")
+    if not file.is_file():
+        raise StoreError(f"{path}: is not a run, there is no {FILE} in it")
+    if not os.access(file, os.R_OK):
+        raise StoreError(f"{path}: no read access to {file}")
+    try:
+        with contextlib.closing(connect_reader(file, leave_no_trace=True)) as db:
+            kind, version = (db.execute(f"PRAGMA {name}").fetchone()[0]
+                             for name in ("application_id", "user_version"))
+    except sqlite3.DatabaseError as error:
+        raise StoreError(f"{path}: is not a run, {FILE}: {error}") from error
+    if kind != APPLICATION_ID or version < 1:
+        raise StoreError(f"{path}: is not a run, {FILE} was written by something else")
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path}: was written by a newer version (schema {version}, this one knows up to "
+                         f"{SCHEMA_VERSION}); update to open it")
+
+
+def take_lock(path: Path) -> filelock.BaseFileLock:
+    """The writer's lock of a run, held. Raises StoreError naming who holds it, or what may not be written."""
+    for place in (path, path / FILE, path / LOCK):
+        if place.exists() and not os.access(place, os.W_OK):
+            raise StoreError(f"{path}: no write access to {place}; open it for reading")
+    lock = filelock.FileLock(path / LOCK, thread_local=False)  # any thread may close what another opened
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        with contextlib.closing(connect_reader(path / FILE)) as db:
+            found = db.execute("SELECT value FROM meta WHERE key = 'writer'").fetchone()
+        who = _spoken(json.loads(found[0])) if found else "another process"
+        raise StoreError(f"{path}: is open for writing already, by {who}; "
+                         "one process writes a run, any number read it") from None
+    return lock
+
+
+def me() -> dict[str, Any]:
+    """How a writer signs: pid, host, since (seconds since 1970)."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+
+
+def _spoken(writer: dict[str, Any]) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(writer["since"]))
+    own = "this process, " if (writer["pid"], writer["host"]) == (os.getpid(), socket.gethostname()) else ""
+    return f"{own}pid {writer['pid']} on {writer['host']}, since {since}"
+
+
+def connect(file: Path, mode: str) -> sqlite3.Connection:
+    """A connection that commits every statement by itself and that any thread may use, one at a time."""
+    # as_uri wants the whole path, and quotes in it what a URI would take for its own (? and #)
+    return sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None,
+                           check_same_thread=False, timeout=10)
+
+
+def connect_reader(file: Path, leave_no_trace: bool = False) -> sqlite3.Connection:
+    """A read-only connection.
+
+    A reader of a WAL file makes files beside it. Where it may not, and nobody has the file open (there is no
+    -wal, so all is in the main file), it is read as a file that cannot change.
+    """
+    unused = not file.with_name(f"{file.name}-wal").exists()
+    fixed = unused and (leave_no_trace or not os.access(file.parent, os.W_OK))
+    return connect(file, "ro&immutable=1" if fixed else "ro")
