@@ -81,9 +81,9 @@ class Trainer:
         self._update(number, values, norm)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
         metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
-        every = self.config.eval_interval
-        if every and number % every == 0:
-            metrics["val/loss"] = self.evaluate()
+        if every := self.config.eval_interval:
+            # NaN where it was not measured, so that every row has the same names.
+            metrics["val/loss"] = self.evaluate() if number % every == 0 else math.nan
             metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
         return StepRecord(number, metrics, reading.shares)
 

@@ -1,0 +1,235 @@
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import moe_core as mc
+from moe_core.session import Command
+
+
+def quiet(line):
+    pass
+
+
+def test_a_run_steps_records_and_comes_back_whole(tiny, tmp_path):
+    """Rows, shares, knobs and notes of a run are the same after closing and opening it again."""
+    run = mc.Run.create(tmp_path / "deep" / "first", tiny(), say=quiet)
+    run.step(12)
+    run.knobs["router_temp"].ramp(to=0.5, over=10)
+    run.note("sharpening")
+    run.step(3)
+    metrics, experts, events, value = run.metrics(), run.experts(), run.events(), run.knobs["router_temp"].value
+    assert list(metrics.index) == list(range(1, 16))
+    assert metrics["val/loss"].notna().sum() == 1  # at step 10
+    assert len(experts) == 15 * 2 * 4
+    assert experts.groupby(["step", "layer"])["demand"].sum().to_numpy() == pytest.approx(1)
+    run.close()
+
+    again = mc.Run.open(tmp_path / "deep" / "first")
+    assert again.config == run.config
+    assert again.current_step == 15
+    for before, after in ((metrics, again.metrics()), (experts, again.experts()), (events, again.events())):
+        assert after.equals(before)
+    assert (again.knobs["router_temp"].value, again.knobs["router_temp"].mode) == (value, "ramp")
+    with pytest.raises(mc.StoreError, match="holds 15 steps but no weights to go on from"):
+        again.step(1)
+    again.close()
+
+
+def test_metrics_are_per_layer_on_request(tiny_run):
+    run = tiny_run()
+    run.step(2)
+    extra = set(run.metrics(per_layer=True)) - set(run.metrics())
+    assert "router/entropy_mean/layer_1" in extra
+    assert all("/layer_" in name for name in extra)
+    assert list(run.metrics(since=1).index) == [2]
+
+
+def test_a_turn_holds_from_the_step_that_its_event_names(tiny_run):
+    """Asked while idle after step 3: the event says 4, row 3 has the schedule's value and row 4 the held one."""
+    run = tiny_run()
+    run.step(3)
+    run.knobs["router_temp"].hold(2.5)
+    run.knobs["load_balance_alpha"].hold(0.3)
+    assert run.knobs["router_temp"].applied_at == 4
+    run.step(2)
+    event = run.events().iloc[0]
+    assert (event["kind"], event["name"], event["mode"], event["value"], event["step"]) == (
+        "knob", "router_temp", "hold", 2.5, 4)
+    temps = run.metrics()["router/temp"]
+    assert temps[3] == pytest.approx(1.495)
+    assert list(temps[[4, 5]]) == [2.5, 2.5]
+    assert run.metrics()["router/load_balance_alpha"][4] == pytest.approx(0.3)
+    assert event["asked"] <= event["applied"]
+
+
+def test_commands_sent_while_training_are_applied_at_a_boundary_in_order(tiny_run):
+    """Two turns posted in mid-chunk: the last one wins, each event's step is the first row with its value."""
+    run = tiny_run()
+    run.session.start(200)
+    while run.current_step < 5:
+        pass
+    run.knobs["router_temp"].hold(3.0)
+    run.knobs["router_temp"].hold(2.0)
+    run.session.wait()
+    first, second = run.events().itertuples()
+    temps = run.metrics()["router/temp"]
+    assert 5 < first.step <= second.step < 200
+    assert temps[second.step] == 2.0 and temps[200] == 2.0
+    assert temps[first.step - 1] < 2.0  # the schedule
+    assert not run.knobs["router_temp"].pending
+
+
+def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_run):
+    """A paused and continued run has the numbers of one that was left alone, to the bit."""
+    run, left_alone = tiny_run("paused"), tiny_run("alone")
+    run.session.start(1000)
+    while run.current_step < 4:
+        pass
+    run.pause()
+    assert run.session.wait(30)
+    at = run.current_step
+    assert run.session.state == "paused" and 4 <= at < 1000
+    run.step(3)
+    assert run.session.state == "idle" and run.current_step == at + 3
+    left_alone.step(at + 3)
+    for name in ("train/loss", "grad/norm", "router/entropy_mean", "val/loss"):
+        assert run.metrics()[name].equals(left_alone.metrics()[name])
+
+
+def test_chunks_asked_for_together_add_up(tiny_run):
+    """n steps are n steps, whoever asked: a chunk of 20 in the background and a cell's 5 make 25."""
+    run = tiny_run()
+    run.session.start(20)
+    run.step(5)
+    assert run.current_step == 25
+
+
+def test_a_second_session_closes_the_first(tiny_run):
+    """One thread trains: the first stops at a boundary, and says where to go when it is asked again."""
+    run = tiny_run()
+    first = run.session
+    first.start(10_000)
+    second = mc.Session(run)
+    assert first.state == "paused" and run.session is second
+    at = run.current_step
+    second.start(2)
+    second.wait()
+    assert run.current_step == at + 2
+    with pytest.raises(RuntimeError, match="this session is closed"):
+        first.start(1)
+
+
+def test_an_error_in_the_thread_reaches_the_person_and_leaves_the_run_whole(tiny_run):
+    """It is raised by wait and by step, stands in the events and in progress, and the next step works."""
+    run = tiny_run()
+    run.step(2)
+    batches = run._trainer.train
+    real, batches.next = batches.next, lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.step(5)
+    assert run.session.state == "failed"
+    assert run.progress().error == "ZeroDivisionError: division by zero"
+    with pytest.raises(ZeroDivisionError):
+        run.session.wait()
+    last = run.events().iloc[-1]
+    assert (last["kind"], last["step"]) == ("error", 3) and "division by zero" in last["traceback"]
+    batches.next = real
+    run.step(1)
+    assert run.current_step == 3 and run.progress().error is None
+
+
+def test_a_run_that_turns_non_finite_pauses_by_itself(tiny_run):
+    run = tiny_run()
+    run.step(2)
+    run._trainer.model.embed.weight.data.fill_(float("nan"))
+    with pytest.raises(mc.NonFiniteError, match="step 3: train/ce is nan"):
+        run.step(10)
+    assert run.session.state == "paused" and run.current_step == 2
+    assert run.events().iloc[-1]["kind"] == "nonfinite"
+
+
+@pytest.mark.parametrize("turn, line", [
+    (lambda run: run.knobs["router_temp"].hold(0), "router_temp = 0: must be a number from 0.01 to 100"),
+    (lambda run: run.knobs["lr_scale"].ramp(to=2, over=0), "lr_scale: over = 0: must be a whole number of steps"),
+    (lambda run: run.knobs["tempo"], "tempo: this run has no such knob; it has router_temp,"),
+    (lambda run: run.step(0), "n = 0: must be a whole number of steps, at least 1"),
+    (lambda run: run.note("  "), "text = '  ': a note must say something"),
+    (lambda run: run.note("x", step=99), "step = 99: must be a step of this run, 0 to 0"),
+    (lambda run: run.metrics(branch="b"), "branch = 'b': must be one of 'main'"),
+])
+def test_a_wrong_wish_is_refused_where_it_is_made_and_leaves_no_trace(tiny_run, turn, line):
+    run = tiny_run()
+    with pytest.raises((ValueError, RuntimeError)) as refused:
+        turn(run)
+    assert str(refused.value).startswith(line) and "\n" not in str(refused.value)
+    assert run.events().empty and run.session.pending() == []
+
+
+def test_a_bad_start_writes_nothing(tiny, tmp_path):
+    """A missing corpus, a directory that exists, one that is no run, one newer than this code: one line each."""
+    missing = tmp_path / "nowhere"
+    with pytest.raises(mc.DataError, match="nowhere"):
+        mc.Run.create(tmp_path / "a", tiny(dataset_name=str(missing)), say=quiet)
+    assert not (tmp_path / "a").exists()
+
+    (tmp_path / "b").mkdir()
+    with pytest.raises(mc.StoreError, match="exists"):
+        mc.Run.create(tmp_path / "b", tiny(), say=quiet)
+    assert list((tmp_path / "b").iterdir()) == []
+    with pytest.raises(mc.StoreError):
+        mc.Run.open(tmp_path / "b")
+
+    mc.Run.create(tmp_path / "c", tiny(), say=quiet).close()
+    with sqlite3.connect(tmp_path / "c" / "run.sqlite") as newer:
+        newer.execute("PRAGMA user_version = 9999")
+    with pytest.raises(mc.StoreError, match="newer"):
+        mc.Run.open(tmp_path / "c")
+
+
+def test_open_gives_the_run_that_this_process_has_open_already(tiny_run):
+    run = tiny_run()
+    assert mc.Run.open(run.path) is run
+
+
+def test_a_posted_command_is_on_disk_before_it_is_gone_from_the_queue(tiny_run):
+    run = tiny_run()
+    run.session.post(Command("note", {"text": "hello"}, asked=12.5))
+    assert run.session.pending() == []
+    assert json.loads(sqlite3.connect(run.path / "run.sqlite").execute(
+        "SELECT payload FROM events WHERE asked = 12.5").fetchone()[0]) == {"text": "hello"}
+
+
+TRAIN = """
+    import sys
+    import moe_core as mc
+    run = mc.Run.create(sys.argv[1], mc.RunConfig.from_dict(eval(sys.argv[2])), say=lambda line: None)
+    run.session.start(100_000)
+    seen = 0
+    while True:
+        if run.current_step > seen:
+            seen = run.current_step
+            print(seen, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 25])
+def test_kill_9_in_mid_chunk_loses_no_step_that_was_reported(tiny, tmp_path, after):
+    """SIGKILL to a real process that trains: every step that it printed is in the file, and the file opens."""
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(TRAIN), tmp_path / "run", repr(tiny().to_dict())],
+                             stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    reported = 0
+    while reported < after:
+        reported = int(child.stdout.readline())
+    child.send_signal(signal.SIGKILL)
+    reported = max([reported, *map(int, child.stdout.read().split())])
+    child.wait()
+    run = mc.Run.open(tmp_path / "run")
+    assert list(run.metrics().index) == list(range(1, run.current_step + 1))
+    assert reported <= run.current_step
+    run.close()

@@ -1,0 +1,178 @@
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_core.data import Batches, load_tokens, validation_batches
+from moe_core.knobs import Knobs
+from moe_core.trainer import NonFiniteError, Trainer
+
+
+@pytest.fixture
+def make(tiny):
+    def trainer(**changes):
+        config = tiny(**changes)
+        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
+        block, batch = config.model.block_size, config.optim.batch_size
+        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
+                       validation_batches(tokens.val, block, batch, config.eval_iters))
+    return trainer
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+PUBLISHED = """train/loss train/ce lr train/tokens_b perf/tok_s grad/norm grad/clipped_cum router/temp router/noise_std
+router/load_balance_alpha router/z_loss_coef router/aux_mean router/z_mean router/max_frac_mean router/max_frac_max
+router/active_min router/active_mean router/drop_frac_mean router/top1_p_mean router/entropy_mean router/collapsed
+router/frac_dem_max router/frac_srv_max router/active_dem router/active_srv""".split()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(top_k=2, norm_topk_prob=True, dropless=False, capacity_factor=0.6)])
+def test_a_step_reports_every_published_metric_and_they_agree_with_its_shares(make, changes):
+    """All names are there and finite, and what can be computed from the shares equals it."""
+    trainer = make(eval_interval=1, gradient_accumulation_steps=2, **changes)
+    record = trainer.step()
+    m, (demand, served) = record.metrics, record.shares
+    experts = [f"router/frac_{kind}_e{i}" for kind in ("dem", "srv") for i in range(4)]
+    assert set(PUBLISHED) | set(experts) | {"val/loss", "val/ppl"} <= set(m)
+    assert all(math.isfinite(value) for value in m.values())
+    assert demand.sum(-1) == pytest.approx([1, 1])
+    assert m["router/max_frac_mean"] == pytest.approx(demand.max(-1).mean())
+    assert m["router/max_frac_mean/layer_1"] == pytest.approx(demand[1].max())
+    assert m["router/drop_frac_mean"] == pytest.approx(1 - served.sum(-1).mean(), abs=1e-6)
+    assert (m["router/drop_frac_mean"] > 0.1) == bool(changes)
+    assert m["router/frac_srv_e3"] == pytest.approx(served[:, 3].mean())
+    assert m["train/tokens_b"] == 2 * 4 * 32 / 1e9
+    assert m["train/loss"] == pytest.approx(
+        m["train/ce"] + m["router/aux_mean"] + m["router/z_loss_coef"] * m["router/z_mean"])
+    assert m["val/ppl"] == pytest.approx(math.exp(m["val/loss"]))
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_one_batch(make):
+    """For the language-model part: 1 x 8 sequences and 4 x 2 of the same sequences, every gradient."""
+    plain = dict(load_balance_alpha=0.0, router_z_loss_coef=0.0, router_noise_std_init=0.0)
+    whole = make(batch_size=8, **plain)
+    parts = make(batch_size=2, gradient_accumulation_steps=4, **plain)
+    window = whole.train.next()
+    whole.train.next, parts.train.next = lambda: window, iter(window.split(2)).__next__
+    for trainer in (whole, parts):
+        trainer.knobs.read(1)
+        trainer.reading, trainer.norm = trainer._backward()
+    assert parts.norm == pytest.approx(whole.norm, rel=1e-5)
+    assert parts.reading.ce == pytest.approx(whole.reading.ce, rel=1e-6)
+    assert parts.reading.shares == pytest.approx(whole.reading.shares, abs=1e-7)
+    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_aux_losses_are_divided_by_the_accumulation_steps(make):
+    """The same micro-batch twice in one step is that micro-batch once: gradients of all loss terms."""
+    once, twice = make(load_balance_alpha=5.0), make(load_balance_alpha=5.0, gradient_accumulation_steps=2)
+    window = once.train.next()
+    for trainer in (once, twice):
+        trainer.train.next = lambda: window
+        trainer.knobs["router_noise_std"].turn("hold", 0.0, None, 1)
+        trainer.knobs.read(1)
+        trainer._backward()
+    for one, other in zip(once.model.parameters(), twice.model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_a_knob_turned_between_two_steps_holds_for_the_whole_of_the_next(make):
+    """The row says the value, and the loss-balance gradient is that of the value: rate 0 moves nothing."""
+    trainer = make(weight_decay=0.0)
+    trainer.step()
+    before = weights(trainer)
+    trainer.knobs["lr_scale"].turn("hold", 0.0, None, 2)
+    trainer.knobs["router_temp"].turn("hold", 3.0, None, 2)
+    row = trainer.step().metrics
+    assert (row["lr"], row["router/temp"]) == (0.0, 3.0)
+    assert torch.equal(weights(trainer), before)
+    trainer.knobs["lr_scale"].turn("follow", None, None, 3)
+    assert trainer.step().metrics["lr"] > 0
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_clipping_bounds_the_gradient_and_is_counted(make):
+    trainer = make(grad_clip=1e-3)
+    rows = [trainer.step().metrics for _ in range(3)]
+    assert [row["grad/clipped_cum"] for row in rows] == [1, 2, 3]
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
+    assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
+    assert rows[0]["grad/norm"] > 1e-2  # the metric is the norm before clipping
+
+
+def test_the_same_run_twice_is_the_same_run(make):
+    """Six steps of two trainers: every metric but the speed, every share and every weight, to the bit."""
+    one, two = make(dropless=False), make(dropless=False)
+    for _ in range(6):
+        a, b = one.step(), two.step()
+        a.metrics.pop("perf/tok_s"), b.metrics.pop("perf/tok_s")
+        assert a.metrics == b.metrics
+        assert (a.shares == b.shares).all()
+    assert torch.equal(weights(one), weights(two))
+
+
+def test_training_leaves_the_users_random_numbers_alone(make):
+    """The global generator is shared with the user's cells; a step neither reads nor moves it."""
+    trainer = make()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = trainer.step().metrics["train/ce"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert make().step().metrics["train/ce"] == first
+
+
+@pytest.mark.parametrize("where, term", [("embed", "train/ce"), ("router", "train/ce"), ("grad", "grad/norm")])
+def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(make, where, term):
+    """It says which term; weights, next batch and noise are as before it, so that the step can be taken again."""
+    trainer, twin = make(), make()
+    trainer.step(), twin.step()
+    model, before = trainer.model, weights(trainer)
+    if where == "grad":
+        hook = model.norm.weight.register_hook(lambda grad: grad * math.inf)
+        undo = hook.remove
+    else:
+        parameter = model.embed.weight if where == "embed" else model.blocks[1].mlp.router.weight
+        kept = parameter.data.clone()
+        parameter.data.fill_(math.nan)
+        before = weights(trainer)
+
+        def undo():
+            parameter.data.copy_(kept)
+    with pytest.raises(NonFiniteError, match=rf"step 2: {term} is (nan|inf); the step was not applied"):
+        trainer.step()
+    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0, equal_nan=True)
+    undo()
+    a, b = trainer.step().metrics, twin.step().metrics
+    a.pop("perf/tok_s"), b.pop("perf/tok_s")
+    assert a == b
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts the operators that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.syncs, self.operators = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "equal.default", "bincount")):
+            self.syncs.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dropless=False, top_k=2)])
+def test_a_step_reads_nothing_back_but_its_one_report(make, changes):
+    """No .item() and no data-dependent shape from the forward to the update; the report is one .cpu()."""
+    trainer = make(eval_interval=0, grad_clip=1e6, **changes)
+    trainer.step()
+    with CountSyncs() as count:
+        trainer.step()
+    assert count.operators > 100
+    assert count.syncs == []
