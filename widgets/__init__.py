@@ -1,0 +1,1 @@
+"""All that a person looks at: the panel, its controls and its charts."""

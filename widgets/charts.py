@@ -1,0 +1,224 @@
+"""Every chart of a run as a pure function of its data; the live panel and the report draw with the same ones.
+
+A chart function takes frames (``run.metrics(per_layer=True)``, ``run.experts()``) and returns a
+:class:`Chart`: what to draw and what its axes say, not yet where. :mod:`widgets.figures` makes plotly
+figures of charts.
+
+n steps, L layers, E experts. A layer selection is a layer's index, or None for the mean over layers.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from widgets.series import POINTS, Shares, thin
+
+# Petroff, "Accessible Color Sequences for Data Visualization" (2021), the sequence of eight; its khaki and
+# its pale blue are darker here: a notebook's page is white or black, and its charts cannot know which.
+PALETTE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#a5a56f", "#6fb7d2", "#578dff", "#6b696a")
+BLUE, ORANGE, MAGENTA, GREY = "#578dff", "#ff5e02", "#c849a9", "#888888"
+STARVED, FAIR, CROWDED = "#2166ac", "#dddddd", "#d6541f"
+STEP, SHARE = "optimizer step", "share of assignments"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart, not yet placed.
+
+    ``traces``: plotly's dicts, each with a ``uid``; one with ``"yaxis": "right"`` is measured on the right
+    axis. ``x``, ``y``, ``right``: plotly's axis settings. ``rules``: (height, words) of horizontal reference
+    lines. ``over_steps``: x is the step axis, which all such charts share. ``legend``: its traces stand in
+    the figure's legend.
+    """
+
+    name: str
+    title: str
+    traces: tuple[dict, ...]
+    x: dict
+    y: dict
+    right: dict | None = None
+    rules: tuple[tuple[float, str], ...] = ()
+    over_steps: bool = True
+    legend: bool = False
+
+
+def expert_colors(n_experts: int) -> list[str]:
+    """One colour an expert: the eight of the palette, then the same hues in lighter and darker shades."""
+    rounds = -(-n_experts // len(PALETTE))
+    return [_shade(PALETTE[i % len(PALETTE)], i // len(PALETTE), rounds) for i in range(n_experts)]
+
+
+def _shade(color: str, turn: int, rounds: int) -> str:
+    if turn == 0:
+        return color
+    hue, light, strength = colorsys.rgb_to_hls(*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)))
+    room = 0.8 - light if turn % 2 else 0.25 - light  # lighter on odd rounds, darker on even ones
+    light += room * ((turn + 1) // 2) / (rounds // 2 + 1)
+    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue, light, strength))
+
+
+def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS) -> Chart:
+    """Each expert's share of the assignments over steps: served solid, demand dotted, and the fair share 1/E.
+
+    Where nothing is dropped the two are equal, and the dotted line lies hidden under the solid one.
+    """
+    shares, traces = _shares(experts, layer), []
+    for kind, values_nE, dash in (("demand", shares.demand_nE, "dot"), ("served", shares.served_nE, "solid")):
+        for expert, color in enumerate(expert_colors(shares.n_experts)):
+            traces.append(_line(
+                f"expert-{expert}-{kind}", shares.steps_n, values_nE[:, expert], color, limit,
+                f"expert {expert} {kind} %{{y:.1%}}", dash=dash, name=str(expert),
+                legendgroup=f"expert-{expert}", showlegend=kind == "served"))
+    title = _titled(f"Share of each expert, {_selection(layer)}", "━ served", "┅ demand", "╌ fair share")
+    return Chart("expert_lines", title, tuple(traces), x={"title": STEP}, y=_share_axis(shares.n_experts),
+                 rules=_fair(shares.n_experts), legend=True)
+
+
+def utilisation(experts: pd.DataFrame | Shares, layer: int | None = None) -> Chart:
+    """The shares at the last step, across experts: demand a wide pale bar, served a narrow full one on it."""
+    shares, traces = _shares(experts, layer), []
+    at, nothing = np.arange(shares.n_experts, dtype=np.float32), np.zeros(shares.n_experts, np.float32)
+    for kind, values_nE, width, opacity in (("demand", shares.demand_nE, 0.84, 0.4),
+                                            ("served", shares.served_nE, 0.5, 1)):
+        traces.append({
+            "type": "bar", "uid": f"utilisation-{kind}", "x": at, "width": width, "showlegend": False,
+            "y": values_nE[-1] if len(values_nE) else nothing,
+            "marker": {"color": expert_colors(shares.n_experts), "opacity": opacity, "line": {"width": 0}},
+            "hovertemplate": f"expert %{{x:d}} {kind} %{{y:.1%}}<extra></extra>"})
+    return Chart("utilisation", _titled(f"Utilisation {_at(shares)}, {_selection(layer)}"), tuple(traces),
+                 over_steps=False, rules=_fair(shares.n_experts),
+                 x=_expert_axis(shares.n_experts, "expert (full bar: served, pale bar: demand)"),
+                 y=_share_axis(shares.n_experts) | {"fixedrange": True})
+
+
+def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
+    """Served share of every expert in every layer at the last step, coloured by how far from fair it is."""
+    shares = _shares(experts, None)
+    demand_LE, served_LE = shares.now_2LE
+    n_layer, n_experts, fair = len(served_LE), shares.n_experts, 1 / shares.n_experts
+    trace = {
+        "type": "heatmap", "uid": "heatmap", "z": served_LE, "customdata": demand_LE, "showlegend": False,
+        "zmin": 0, "zmid": fair, "zmax": 2 * fair, "xgap": 2, "ygap": 2,
+        "colorscale": [[0, STARVED], [0.5, FAIR], [1, CROWDED]],
+        "texttemplate": "%{z:.0%}" if n_experts <= 8 and n_layer <= 12 else "", "textfont": {"size": 10},
+        "colorbar": {"tickvals": [0, fair, 2 * fair], "ticktext": ["0", f"1/{n_experts}", f"≥2/{n_experts}"],
+                     "thickness": 8, "outlinewidth": 0, "tickfont": {"size": 10}, "xpad": 4},
+        "hovertemplate": ("layer %{y}, expert %{x}<br>served %{z:.1%}, demand %{customdata:.1%}"
+                          "<extra></extra>")}
+    return Chart("layer_heatmap", _titled(f"Served share by layer {_at(shares)}"), (trace,), over_steps=False,
+                 x=_expert_axis(n_experts, "expert"),
+                 y={"title": "layer", "dtick": -(-n_layer // 16), "autorange": "reversed", "fixedrange": True,
+                    "showgrid": False})
+
+
+def loss(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
+    """What is minimised, its cross-entropy part, and the validation cross-entropy, in nats a token."""
+    steps, keys = metrics.index, [_key(BLUE, "train")]
+    traces = [_line("train-loss", steps, _column(metrics, "train/loss"), BLUE, limit, "train loss %{y:.4f}")]
+    if "router/aux_mean" in metrics:  # without a router the two are one line
+        keys.append(_key(BLUE, "its cross-entropy", "┅"))
+        traces.append(_line("train-ce", steps, _column(metrics, "train/ce"), BLUE, limit,
+                            "train cross-entropy %{y:.4f}", dash="dot", width=1))
+    val = _column(metrics, "val/loss")
+    seen = ~np.isnan(val)
+    traces.append(_line("val-loss", steps[seen], val[seen], ORANGE, limit, "validation %{y:.4f}",
+                        mode="lines+markers", marker={"size": 4}))
+    return Chart("loss", _titled("Loss", *keys, _key(ORANGE, "validation")), tuple(traces),
+                 x={"title": STEP}, y={"title": "nats per token"})
+
+
+def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS) -> Chart:
+    """Entropy of the router's probabilities (left, in nats) and its mean top-1 probability (right)."""
+    entropy, top1 = (_column(metrics, _of_layer(name, layer))
+                     for name in ("router/entropy_mean", "router/top1_p_mean"))
+    most = math.log(n_experts)  # the entropy of a uniform choice
+    return Chart(
+        "confidence", _titled("Router", _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
+            _line("entropy", metrics.index, entropy, BLUE, limit, "entropy %{y:.3f} nats"),
+            _line("top1-p", metrics.index, top1, ORANGE, limit, "top-1 probability %{y:.3f}", yaxis="right")),
+        x={"title": STEP}, y={"title": "entropy (nats)", "range": [0, 1.08 * most or 1]},
+        right={"title": "probability", "range": [0, 1.08]}, rules=((most, f"ln {n_experts}"),))
+
+
+def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = None,
+                  limit: int = POINTS) -> Chart:
+    """The largest demand of one expert, and the share of assignments that capacity dropped."""
+    lines = (("max-frac-worst", "worst layer", ORANGE, "router/max_frac_max"),
+             ("max-frac", "largest demand", MAGENTA, _of_layer("router/max_frac_mean", layer)),
+             ("drop-frac", "dropped", GREY, _of_layer("router/drop_frac_mean", layer)))
+    return Chart("concentration", _titled("Load", *(_key(color, words) for _, words, color, _ in lines)),
+                 tuple(_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} %{{y:.1%}}")
+                       for uid, words, color, name in lines),
+                 x={"title": STEP}, y=_share_axis(n_experts), rules=_fair(n_experts))
+
+
+def clipping(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
+    """The gradient's norm before clipping (left), and the share of the steps so far that were clipped."""
+    steps, norm = metrics.index, _column(metrics, "grad/norm")
+    ratio = _column(metrics, "grad/clipped_cum") / np.maximum(np.asarray(steps, np.float64), 1)
+    return Chart(
+        "clipping", _titled("Gradient", _key(GREY, "norm"), _key(BLUE, "clip ratio")), (
+            _line("grad-norm", steps, norm, GREY, limit, "gradient norm %{y:.3g}", width=1),
+            _line("clip-ratio", steps, ratio, BLUE, limit, "%{y:.1%} of the steps so far clipped",
+                  yaxis="right")),
+        x={"title": STEP}, y={"title": "gradient norm", "rangemode": "tozero"},
+        right={"title": "share of steps clipped", "tickformat": ".0%", "range": [0, 1.05]})
+
+
+def _line(uid: str, x, y, color: str, limit: int, hover: str, dash: str = "solid", width: float = 1.5,
+          **more) -> dict:
+    x, y = thin(x, y, limit)
+    return {"type": "scatter", "mode": "lines", "uid": uid, "x": x, "y": y, "showlegend": False,
+            "line": {"color": color, "width": width, "dash": dash},
+            "hovertemplate": f"{hover}<br>step %{{x:d}}<extra></extra>"} | more
+
+
+def _shares(experts: pd.DataFrame | Shares, layer: int | None) -> Shares:
+    return experts if isinstance(experts, Shares) else Shares.from_frame(experts, layer)
+
+
+def _column(metrics: pd.DataFrame, name: str) -> np.ndarray:
+    """A metric over steps; NaN where no step has it."""
+    if name not in metrics:
+        return np.full(len(metrics), np.nan, np.float32)
+    return metrics[name].to_numpy(np.float32)
+
+
+def _of_layer(name: str, layer: int | None) -> str:
+    return name if layer is None else f"{name}/layer_{layer}"
+
+
+def _selection(layer: int | None) -> str:
+    return "mean of layers" if layer is None else f"layer {layer}"
+
+
+def _at(shares: Shares) -> str:
+    return f"at step {shares.steps_n[-1]}" if len(shares.steps_n) else "before step 1"
+
+
+def _share_axis(n_experts: int) -> dict:
+    """From 0, and far enough up that a balanced router's wiggles do not fill the chart."""
+    return {"title": SHARE, "tickformat": ".0%", "rangemode": "tozero",
+            "autorangeoptions": {"include": 1.6 / n_experts}}
+
+
+def _expert_axis(n_experts: int, title: str) -> dict:
+    return {"title": title, "dtick": -(-n_experts // 16), "fixedrange": True, "showgrid": False}
+
+
+def _fair(n_experts: int) -> tuple[tuple[float, str], ...]:
+    return ((1 / n_experts, f"1/{n_experts}"),)
+
+
+def _key(color: str, words: str, sign: str = "━") -> str:
+    return f"<span style='color:{color}'>{sign} {words}</span>"
+
+
+def _titled(words: str, *keys: str) -> str:
+    """A title with the key to the chart's lines behind it: no legend to lay out, nothing to overlap."""
+    return "   ".join([f"<b>{words}</b>", *keys])

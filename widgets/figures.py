@@ -1,0 +1,189 @@
+"""Charts on figures: one by itself, or all of a run's on the panel's one figure.
+
+Everything is transparent, its text and grid in mid-greys that are legible on a white and on a black page.
+Sizes are pixels at the width that a figure is laid out for; on another width they stretch with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from widgets import charts
+from widgets.charts import Chart
+from widgets.marks import Marks
+from widgets.series import POINTS, Shares
+
+TEXT, GRID, RULE, MARK = "#808080", "rgba(128,128,128,0.2)", "rgba(128,128,128,0.75)", "#9467bd"
+FONT = {"family": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", "size": 11,
+        "color": TEXT}
+WIDTH = 1100  # a JupyterLab cell on a common screen
+WIDE, MEDIUM = 900, 560  # least widths for three columns and for two
+TITLE, LEGEND, AXIS = 30, 24, 46  # above a chart its title and legend; below it ticks and the axis' title
+LEFT, RIGHT, BARE = 56, 52, 14  # beside a chart: the y axis; a right axis or colour bar; nothing
+TALL, LOW = 230, 150  # plotting areas of the experts' row and of the others
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chart stands in a grid of cells."""
+
+    chart: Chart
+    row: int
+    column: int
+    rows: int = 1
+    columns: int = 1
+
+    @property
+    def last_column(self) -> int:
+        return self.column + self.columns - 1
+
+
+def figure(chart: Chart, marks: Marks | None = None, width: int = 700) -> go.Figure:
+    """One chart as a figure of its own."""
+    return _figure(*arrange([Place(chart, 0, 0)], marks or Marks(), width))
+
+
+def panel_figure(metrics: pd.DataFrame, experts: pd.DataFrame | Shares | None = None,
+                 events: pd.DataFrame | None = None, layer: int | None = None, width: int = WIDTH,
+                 limit: int = POINTS) -> go.Figure:
+    """All charts of a run on one figure.
+
+    ``metrics``: ``run.metrics(per_layer=True)``; ``experts``: ``run.experts()``, None or empty for a dense
+    model; ``events``: ``run.events()``, whose marks stand on every step axis; ``layer``: an index, None for
+    the mean over layers; ``width``: pixels to lay out for; ``limit``: most points of a line.
+    """
+    if experts is not None and not isinstance(experts, Shares):
+        experts = Shares.from_frame(experts, layer) if len(experts) else None
+    marks = Marks() if events is None else Marks.of(events)
+    return _figure(*panel_parts(metrics, experts, marks, layer, width, limit))
+
+
+def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, layer: int | None = None,
+                width: int = WIDTH, limit: int = POINTS) -> tuple[list[dict], dict]:
+    """:func:`panel_figure` as plain traces and layout, for whoever wants to see only what changed."""
+    columns = 3 if width >= WIDE else 2 if width >= MEDIUM else 1
+    loss, clip = charts.loss(metrics, limit), charts.clipping(metrics, limit)
+    if shares is None or not shares.n_experts:
+        return arrange(_flow([(loss, 1), (clip, 1)], min(columns, 2)), marks, width)
+    n = shares.n_experts
+    lines, bars = charts.expert_lines(shares, layer, limit), charts.utilisation(shares, layer)
+    heat = charts.layer_heatmap(shares)
+    router = charts.confidence(metrics, n, layer, limit)
+    load = charts.concentration(metrics, n, layer, limit)
+    if columns == 3:  # what happened over steps on the left, what is now on the right
+        places = [Place(lines, 0, 0, columns=2), Place(bars, 0, 2), Place(loss, 1, 0), Place(router, 1, 1),
+                  Place(heat, 1, 2, rows=2), Place(load, 2, 0), Place(clip, 2, 1)]
+    else:
+        places = _flow([(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip))],
+                       columns)
+    return arrange(places, marks, width)
+
+
+def _flow(sized: Sequence[tuple[Chart, int]], columns: int) -> list[Place]:
+    """Charts with the columns each takes, one after the other, row by row."""
+    places, row, column = [], 0, 0
+    for chart, span in sized:
+        if column + span > columns:
+            row, column = row + 1, 0
+        places.append(Place(chart, row, column, columns=span))
+        column += span
+    return places
+
+
+def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[list[dict], dict]:
+    """Traces and layout of placed charts. Axis number k is the k-th chart's; all step axes move together."""
+    rows, columns = max(p.row + p.rows for p in places), 1 + max(p.last_column for p in places)
+    tall = [any(p.row == row and p.chart.legend for p in places) for row in range(rows)]
+    area, head = [TALL if t else LOW for t in tall], [TITLE + LEGEND * t for t in tall]
+    top = [sum(head[:row]) + sum(area[:row]) + AXIS * row for row in range(rows + 1)]  # of a row
+    side = [RIGHT if any(p.last_column == column and _is_wide(p.chart) for p in places) else BARE
+            for column in range(columns)]
+    height, cell = top[-1], width / columns
+
+    traces: list[dict] = []
+    layout = _base(height)
+    steps = next((k for k, p in enumerate(places, 1) if p.chart.over_steps), None)
+    for k, p in enumerate(places, 1):
+        left, right = cell * p.column, cell * (p.last_column + 1)
+        x = [(left + LEFT) / width, (right - side[p.last_column]) / width]
+        y = [1 - (top[p.row + p.rows] - AXIS) / height, 1 - (top[p.row] + head[p.row]) / height]
+        _add(traces, layout, p.chart, k, x, y, marks, None if k == steps else _id("x", steps))
+        layout["annotations"].append({
+            "text": p.chart.title, "x": (left + 8) / width, "y": 1 - (top[p.row] + 6) / height,
+            "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top", "align": "left",
+            "showarrow": False, "font": {"size": 12}})
+        if p.chart.legend:
+            layout["legend"] |= {"x": (left + 8) / width, "y": 1 - (top[p.row] + TITLE - 4) / height}
+    return traces, layout
+
+
+def _is_wide(chart: Chart) -> bool:
+    return chart.right is not None or any("colorbar" in trace for trace in chart.traces)
+
+
+def _add(traces: list, layout: dict, chart: Chart, k: int, x: list[float], y: list[float], marks: Marks,
+         matches: str | None) -> None:
+    """Axes, rules, traces and marks of the k-th chart. y axis 3k-2 is its left one, 3k-1 right, 3k its marks'."""
+    x_id, y_id, right_id, marks_id = _id("x", k), _id("y", 3 * k - 2), _id("y", 3 * k - 1), _id("y", 3 * k)
+    layout[_key(x_id)] = _axis(chart.x) | {"domain": x, "anchor": y_id, "zeroline": False}
+    layout[_key(y_id)] = _axis(chart.y) | {"domain": y, "anchor": x_id, "zeroline": False}
+    if chart.over_steps:
+        layout[_key(x_id)] |= {"nticks": 8, "tickformat": ",d", "showgrid": False}
+        if matches:
+            layout[_key(x_id)]["matches"] = matches
+        layout[_key(marks_id)] = {"overlaying": y_id, "anchor": x_id, "range": [0, 1], "fixedrange": True,
+                                  "visible": False}
+        traces.append(marks.trace(MARK) | {"uid": f"{chart.name}-marks", "xaxis": x_id, "yaxis": marks_id})
+    if chart.right:
+        layout[_key(right_id)] = _axis(chart.right) | {
+            "overlaying": y_id, "anchor": x_id, "side": "right", "tickmode": "auto", "showgrid": False,
+            "zeroline": False}
+    for trace in chart.traces:
+        own = {"xaxis": x_id, "yaxis": right_id if trace.get("yaxis") == "right" else y_id}
+        if "colorbar" in trace:
+            own["colorbar"] = trace["colorbar"] | {
+                "x": x[1], "xanchor": "left", "y": (y[0] + y[1]) / 2, "len": y[1] - y[0],
+                "lenmode": "fraction", "ypad": 0}
+        traces.append(trace | own)
+    for value, words in chart.rules:
+        layout["shapes"].append({
+            "type": "line", "xref": f"{x_id} domain", "yref": y_id, "x0": 0, "x1": 1, "y0": value,
+            "y1": value, "line": {"color": RULE, "width": 1, "dash": "dash"}, "layer": "below",
+            "label": {"text": words, "textposition": "end", "yanchor": "bottom", "padding": 1,
+                      "font": {"size": 9}}})
+
+
+def _id(axis: str, number: int) -> str:
+    return axis if number == 1 else f"{axis}{number}"
+
+
+def _key(axis_id: str) -> str:
+    """``x3`` -> ``xaxis3``, the axis' name in the layout."""
+    return f"{axis_id[0]}axis{axis_id[1:]}"
+
+
+def _axis(settings: dict) -> dict:
+    title = {"text": settings["title"], "standoff": 6, "font": {"size": 10}}
+    return {"gridcolor": GRID, "linecolor": GRID, "tickfont": {"size": 10}, "nticks": 6} | settings | {
+        "title": title}
+
+
+def _base(height: int) -> dict:
+    clear = "rgba(0,0,0,0)"
+    return {
+        "height": height, "autosize": True, "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "pad": 0},
+        "paper_bgcolor": clear, "plot_bgcolor": clear, "font": FONT, "barmode": "overlay",
+        "hovermode": "closest", "hoverlabel": {"font": {"size": 12}, "align": "left", "namelength": 0},
+        "modebar": {"bgcolor": clear, "color": RULE, "activecolor": TEXT},
+        "legend": {"orientation": "h", "xanchor": "left", "yanchor": "top", "bgcolor": clear,
+                   "title": {"text": "expert ", "font": {"size": 11}}, "font": {"size": 11},
+                   "itemwidth": 30, "tracegroupgap": 0, "groupclick": "togglegroup"},
+        "shapes": [], "annotations": []}
+
+
+def _figure(traces: list[dict], layout: dict) -> go.Figure:
+    return go.Figure(traces, layout | {"template": "none"})

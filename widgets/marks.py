@@ -1,0 +1,85 @@
+"""What happened, on the step axis: every knob change, note and failure as a mark that says what it was."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+KNOB_TITLES = {
+    "router_temp": "Router temperature",
+    "router_noise_std": "Router noise",
+    "load_balance_alpha": "Load-balance alpha",
+    "router_z_loss_coef": "Router z-loss",
+    "capacity_factor": "Capacity factor",
+    "lr_scale": "Learning-rate scale",
+    "grad_clip": "Gradient clip",
+}
+SYMBOLS = {"knob": "diamond", "note": "circle"}
+OTHER_SYMBOL = "x"  # of a kind that is neither: it stopped training
+WRAP = 56  # characters a line of hover text
+
+
+@dataclass(frozen=True)
+class Marks:
+    """One mark a step that something happened at: its step, its symbol, and its words as escaped HTML."""
+
+    steps: tuple[int, ...] = ()
+    symbols: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, events: pd.DataFrame) -> Marks:
+        """From the frame of ``run.events()``. What shares a step shares its mark, the oldest line first."""
+        at: dict[int, list[dict]] = {}
+        for event in events.to_dict("records"):
+            at.setdefault(int(event["step"]), []).append(event)
+        steps = sorted(at)
+        return cls(
+            tuple(steps),
+            tuple(SYMBOLS.get(_gravest([e["kind"] for e in at[step]]), OTHER_SYMBOL) for step in steps),
+            tuple("<br>".join([f"<b>step {step}</b>", *(wrap(say(event)) for event in at[step])])
+                  for step in steps))
+
+    def trace(self, color: str) -> dict:
+        """One scatter trace over a y axis from 0 to 1: each mark at the bottom, a thin line up from it."""
+        n = len(self.steps)
+        x, y = np.full((n, 3), np.nan, np.float32), np.tile(np.array([0, 1, np.nan], np.float32), (n, 1))
+        x[:, :2] = np.array(self.steps, np.float32).reshape(n, 1)
+        return {
+            "type": "scatter", "mode": "lines+markers", "x": x.ravel(), "y": y.ravel(),
+            "text": [part for text in self.texts for part in (text, text, "")],
+            "hovertemplate": "%{text}<extra></extra>", "cliponaxis": False, "showlegend": False,
+            "line": {"color": color, "width": 1, "dash": "dot"},
+            "marker": {"color": color, "size": 8, "opacity": [1, 0, 0] * n,
+                       "symbol": [symbol for symbol in self.symbols for _ in range(3)]}}
+
+
+def say(event: dict) -> str:
+    """One event in words, as plain text: nothing in it is HTML yet."""
+    if event["kind"] != "knob":
+        kind, text = event["kind"].capitalize(), event.get("text")
+        return f"{kind}: {text}" if isinstance(text, str) else kind
+    title = KNOB_TITLES.get(event["name"], str(event["name"]))
+    if event["mode"] == "follow":
+        return f"{title}: follows its schedule"
+    if event["mode"] == "hold":
+        return f"{title}: held at {event['value']:.4g}"
+    over = event.get("over")
+    steps = f" over {int(over)} steps" if over is not None and math.isfinite(over) else ""
+    return f"{title}: ramps to {event['value']:.4g}{steps}"
+
+
+def wrap(text: str) -> str:
+    """Plain text as escaped HTML in lines short enough to hover."""
+    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, WRAP) or [""]]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
+
+
+def _gravest(kinds: list[str]) -> str:
+    """The kind that a mark shows: a failure before a turn of a knob, a turn before a note."""
+    return next((kind for kind in kinds if kind not in SYMBOLS), "knob" if "knob" in kinds else "note")
