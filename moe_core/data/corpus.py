@@ -70,7 +70,7 @@ def source_files(data: DataConfig) -> list[Path]:
 def documents(data: DataConfig) -> Iterator[str]:
     """The documents of the corpus, in the order of :func:`source_files` and of the rows in each file.
 
-    Line ends come as ``\\n``; blank documents and empty rows are left out. Raises DataError.
+    Line ends of text files come as ``\\n``; blank documents and empty rows are left out. Raises DataError.
     """
     files = source_files(data)
     texts = _read_embedded(files) if data.dataset_name == EMBEDDED else _read_local(data, files)
@@ -142,14 +142,14 @@ def _read_text(data: DataConfig, files: list[Path], reader, cache: str) -> Itera
 
 
 def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str]:
+    if not file.stat().st_size:
+        return  # an empty shard, which the JSON reader stumbles over
     is_parquet, path = file.suffix.lower() == ".parquet", glob.escape(str(file))
     try:
-        if not file.stat().st_size:
-            raise ValueError("it is empty")
         rows = (reader.from_parquet if is_parquet else reader.from_json)(path, cache_dir=cache)
         columns = rows.column_names
         if columns and data.text_key not in columns:
-            raise DataError(f"text_key = {data.text_key!r}: must be a column of {file}: "
+            raise DataError(f"text_key = {data.text_key!r}: must be a column of {file}, which has "
                             f"{', '.join(map(repr, columns))}")
         if is_parquet:  # only the column that is read, and no batch size of 0 from an empty first row group
             rows = reader.from_parquet(path, cache_dir=cache, columns=[data.text_key], batch_size=1024)

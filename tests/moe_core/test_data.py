@@ -1,0 +1,379 @@
+"""From documents to batches, on the embedded corpus and on small folders of real text."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from moe_core.config import DataConfig
+from moe_core.data import (
+    Batches,
+    DataError,
+    documents,
+    is_validation,
+    load_tokens,
+    train_tokenizer,
+    validation_batches,
+)
+
+V = 300
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moe-workbench"
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The documents of the embedded corpus."""
+    return list(documents(DataConfig()))
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded corpus as nano reads it, the lines that were said, and the seconds it took."""
+    said, started = [], time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        tokens = load_tokens(DataConfig(), 4096, said.append)
+        took, started = time.perf_counter() - started, time.perf_counter()
+        again = load_tokens(DataConfig(), 4096, said.append)
+        return tokens, again, said, took, time.perf_counter() - started
+
+
+@pytest.fixture(params=[0, 1])
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+@pytest.fixture(scope="module")
+def docs(library):
+    """Sixty short real documents in a random order; some on either side at val_fraction 0.2."""
+    short = [text for text in library if len(text) < 4000]
+    picked = [short[i] for i in np.random.default_rng(0).permutation(len(short))[:60]]
+    assert 0 < sum(is_validation(text, 0.2) for text in picked) < 60
+    return picked
+
+
+def save_text(folder, texts):
+    """A file for each document, named to trip a reader that takes names for patterns."""
+    folder.mkdir()
+    for i, text in enumerate(texts):
+        name = f"{i:03d} [draft]{{a,b}}*é" + (".txt", ".py", ".md")[i % 3]
+        (folder / name).write_bytes((b"\xef\xbb\xbf" if i == 3 else b"")
+                                    + text.replace("\n", "\r\n" if i == 4 else "\n").encode())
+    return folder
+
+
+def save_jsonl(file, texts, key="text"):
+    file.write_text("".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def save_parquet(file, texts, key="text"):
+    pq.write_table(pa.table({"id": range(len(texts)), key: texts}), file, row_group_size=7)
+    return file
+
+
+def save(file, content):
+    file.write_bytes(content)
+    return file
+
+
+def config(path, **changes):
+    return DataConfig(**{"dataset_name": str(path), "val_fraction": 0.2, **changes})
+
+
+def load(path, vocab_size=V, say=lambda line: None, **changes):
+    return load_tokens(config(path, **changes), vocab_size, say)
+
+
+def as_documents(data, tokens):
+    """The token stream as text again, cut at its end-of-text marks."""
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_path))
+    stream = tokenizer.decode(tokens.tolist(), skip_special_tokens=False).split("<|endoftext|>")
+    assert stream.pop() == ""  # the last document is ended too
+    return stream
+
+
+def test_embedded_corpus_comes_back_from_its_tokens_document_by_document(embedded, library):
+    """Both streams decode to exactly the documents of their side, in order: none lost, none on both."""
+    data = embedded[0]
+    for tokens, side in ((data.train, False), (data.val, True)):
+        assert as_documents(data, tokens) == [text for text in library if is_validation(text, 0.05) is side]
+    assert 2e6 < len(data.train) < 4e6 and 3e4 < len(data.val) < 4e5
+    assert data.train.dtype == np.uint16 and data.vocab_size == 4096
+    assert max(data.train.max(), data.val.max()) < 4096
+
+
+def test_embedded_corpus_is_quick_and_tells_what_it_does(embedded):
+    """First use takes well under a minute and says two lines; the second maps the same files, in silence."""
+    data, again, said, first, second = embedded
+    assert first < 30 and second < 0.3
+    assert len(said) == 2 and all("\n" not in line and len(line) < 200 for line in said)
+    assert "standard library" in said[0] and f"{len(data.train):,}" in said[1]
+    assert again.key == data.key and np.array_equal(again.train, data.train)
+    assert isinstance(again.train, np.memmap)
+
+
+def test_tokenizer_is_that_of_the_training_documents_alone(embedded, library):
+    """Training it again on the training side gives the stored one, to the last merge."""
+    trained = train_tokenizer([text for text in library if not is_validation(text, 0.05)], 4096)
+    assert json.loads(trained.to_str()) == json.loads(embedded[0].tokenizer_path.read_text())
+
+
+@pytest.mark.parametrize("text", ["naïve 🦀 日本語\r\n\t  x\u00a0\n\n", "".join(map(chr, range(256))), " "])
+def test_any_text_survives_the_tokenizer(embedded, text):
+    """Byte-level: text that training never saw comes back exactly, without unknown tokens."""
+    tokenizer = Tokenizer.from_file(str(embedded[0].tokenizer_path))
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_text_jsonl_and_parquet_of_the_same_documents_are_the_same_corpus(docs, tmp_path, cache):
+    """A folder, a glob and both row formats give equal documents, hence one key and one folder of tokens."""
+    folder = save_text(tmp_path / "text [1]", docs)
+    (folder / "ignored.csv").write_text("not,text")
+    (folder / ".hidden.txt").write_text("not wanted")
+    paths = [folder, save_jsonl(tmp_path / "rows.jsonl", docs), save_parquet(tmp_path / "rows.parquet", docs)]
+    assert [list(documents(config(path))) for path in paths] == [docs] * 3
+    assert len({load(path).key for path in paths}) == 1
+    assert sorted(documents(config(tmp_path / "text ?1]" / "*.py"))) == sorted(docs[1::3])
+    assert len([path for path in cache.iterdir() if path.name != "stamps"]) == 1
+
+
+def test_split_is_by_the_document_alone(docs, tmp_path, cache):
+    """Sides are disjoint, repeatable, and a document added to training leaves validation as it was."""
+    before = load(save_jsonl(tmp_path / "before.jsonl", docs))
+    sides = [set(as_documents(before, tokens)) for tokens in (before.train, before.val)]
+    assert sides[0].isdisjoint(sides[1]) and sides[0] | sides[1] == set(docs)
+    extra = next(f"# {i}\n" for i in range(99) if not is_validation(f"# {i}\n", 0.2))
+    after = load(save_jsonl(tmp_path / "after.jsonl", [*docs[:30], extra, *docs[30:]]))
+    assert as_documents(after, after.val) == as_documents(before, before.val)
+    assert set(as_documents(after, after.train)) == sides[0] | {extra}
+
+
+def test_split_takes_about_the_fraction_asked_and_grows_with_it(library):
+    """A larger fraction keeps the validation documents of a smaller one."""
+    texts = [f"{i} {text[:50]}" for i, text in enumerate(library * 5)]
+    small, large = ({text for text in texts if is_validation(text, f)} for f in (0.05, 0.3))
+    assert small < large
+    for chosen, f in ((small, 0.05), (large, 0.3)):
+        assert abs(len(chosen) - f * len(texts)) < 5 * (f * (1 - f) * len(texts)) ** 0.5
+
+
+def test_key_changes_with_settings_and_content_and_with_nothing_else(docs, tmp_path, cache):
+    """Another vocabulary, fraction, or character: another key. Touched or moved files: the same key."""
+    folder = save_text(tmp_path / "text", docs)
+    first = load(folder)
+    keys = {first.key, load(folder, vocab_size=V + 1).key, load(folder, val_fraction=0.21).key}
+    file = next(folder.glob("007*"))
+    os.utime(file, ns=(1, 1))
+    assert load(folder).key == first.key
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert load(moved).key == first.key
+    file = moved / file.name
+    file.write_bytes(file.read_bytes()[:-1] + b"~")  # as long as before
+    changed = load(moved)
+    assert len({*keys, changed.key}) == 4
+    texts = as_documents(changed, changed.train) + as_documents(changed, changed.val)
+    assert sum(text.endswith("~") for text in texts) == 1
+
+
+def test_file_changed_while_the_corpus_is_prepared_is_not_missed(docs, tmp_path, cache):
+    """What changes after the files were looked at is in these tokens or the next; no key names other text."""
+    file = save_jsonl(tmp_path / "rows.jsonl", docs)
+    load(file, say=lambda line: save_jsonl(file, docs[:50]))
+    again = load(file)
+    assert sorted(as_documents(again, again.train) + as_documents(again, again.val)) == sorted(docs[:50])
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(docs))
+    with pytest.raises(DataError, match="must not change while it is read"):
+        load(book, say=lambda line: book.write_text("\n".join(docs[:50])) if "cut into" in line else None)
+
+
+def test_two_processes_prepare_the_same_corpus_at_once(docs, tmp_path, cache):
+    """Both miss the cache, both succeed with the same tokens, and nothing half-made stays behind."""
+    file = save_parquet(tmp_path / "rows.parquet", docs)
+    script = ("import sys; from moe_core.config import DataConfig; from moe_core.data import load_tokens\n"
+              "def say(line):\n"
+              "    if line.startswith('Preparing'): print(line, flush=True); sys.stdin.readline()\n"
+              f"data = load_tokens(DataConfig({str(file)!r}, val_fraction=0.2), {V}, say)\n"
+              "print(data.key, len(data.train), len(data.val), int(data.train.sum()))")
+    both = [subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    assert all(process.stdout.readline().startswith("Preparing") for process in both)
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    results = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and results[0] == results[1]
+    assert sorted(path.name for path in cache.iterdir()) == sorted([results[0].split()[0], "stamps"])
+    assert len(list((cache / "stamps").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["train.bin", "meta.json", "tokenizer.json"])
+def test_damaged_cache_is_made_again(docs, tmp_path, cache, name):
+    """A file cut short or gone costs a preparation, not wrong tokens."""
+    file, said = save_jsonl(tmp_path / "rows.jsonl", docs), []
+    whole = np.array(load(file).train)
+    damaged = load(file).tokenizer_path.parent / name
+    damaged.unlink() if name == "tokenizer.json" else os.truncate(damaged, 100)
+    again = load(file, say=said.append)
+    assert len(said) == 2 and np.array_equal(again.train, whole)
+    assert load(file, say=said.append).key == again.key and len(said) == 2
+
+
+def test_one_long_file_is_split_too(library, tmp_path, cache):
+    """A corpus of one document is cut into pieces at line ends; no line is lost or on the wrong side."""
+    book, said = "".join(sorted(library, key=len)[-3:]), []
+    (tmp_path / "book.txt").write_text(book)
+    data = load(tmp_path / "book.txt", say=said.append)
+    train, val = as_documents(data, data.train), as_documents(data, data.val)
+    assert 0.1 < len(val) / len(train + val) < 0.3 and "cut into" in said[1]
+    assert all(piece.endswith("\n") and len(piece) <= 2049 for piece in train + val)
+    assert sorted("".join(train + val).splitlines()) == sorted(book.splitlines())
+
+
+def test_reading_files_is_offline_and_silent_and_leaves_nothing(docs, tmp_path):
+    """`datasets` opens no connection, prints no bar or log line, and fills no cache of its own."""
+    folder, home = save_text(tmp_path / "text", docs), tmp_path / "home"
+    save_jsonl(folder / "rows.jsonl", docs[:3])
+    save_parquet(folder / "rows.parquet", docs[:3])
+    (folder / "rows9.jsonl").write_text("{")
+    home.mkdir()
+    script = ("import sys; events = []\n"
+              "sys.addaudithook(lambda event, args: event.startswith('socket.') and events.append(event))\n"
+              "from moe_core.config import DataConfig; from moe_core.data import documents, DataError\n"
+              f"texts = documents(DataConfig({str(folder)!r})); n = 0\n"
+              "try:\n"
+              "    for text in texts: n += 1\n"
+              "except DataError as error: print(n, len(str(error).splitlines()), events)\n"
+              "import datasets; from datasets import logging\n"  # what the user had set is set again
+              "print(datasets.are_progress_bars_disabled(), logging.get_verbosity() == logging.WARNING)")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    done = subprocess.run([sys.executable, "-c", script], env={**env, "HOME": str(home)}, text=True,
+                          capture_output=True, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.split("\n") == ["66 1 []", "False True", ""]
+    assert list(home.rglob("*")) == []
+
+
+BAD = {  # name: the corpus in a folder, the field at fault, what the line says
+    "missing": (lambda at: at / "none.txt", "dataset_name", "no such file or folder"),
+    "no file": (lambda at: at, "dataset_name", "must hold .txt"),
+    "unknown kind": (lambda at: save(at / "a.pdf", b"text"), "dataset_name", "found .pdf"),
+    "blank file": (lambda at: save(at / "a.txt", b" \n"), "dataset_name", "every document"),
+    "blank rows": (lambda at: save_jsonl(at / "a.jsonl", [" ", None]), "dataset_name", "every document"),
+    "empty jsonl": (lambda at: save(at / "a.jsonl", b""), "dataset_name", "every document"),
+    "binary": (lambda at: save(at / "a.txt", b"PK\3\4\0\0"), "dataset_name", "a.txt is binary"),
+    "latin-1": (lambda at: save(at / "a.txt", b"na\xefve"), "dataset_name", "a.txt is not UTF-8"),
+    "column, jsonl": (lambda at: save_jsonl(at / "a.jsonl", "ab", "t"), "text_key", "'id', 't'"),
+    "column, parquet": (lambda at: save_parquet(at / "a.parquet", "ab", "t"), "text_key", "'id', 't'"),
+    "numbers": (lambda at: save_parquet(at / "a.parquet", [1, 2]), "text_key", "holds int"),
+    "broken jsonl": (lambda at: save(at / "a.jsonl", b'{"text": "a"}\n{"te'), "dataset_name", "JSON lines"),
+    "broken parquet": (lambda at: save(at / "a.parquet", b"PAR1 no"), "dataset_name", "Parquet"),
+    "too small": (lambda at: save(at / "a.txt", b"one line\n"), "dataset_name", "too few to split"),
+}
+
+
+@pytest.mark.parametrize("make, field, hint", BAD.values(), ids=BAD)
+def test_bad_corpus_is_refused_in_one_line(tmp_path, cache, make, field, hint):
+    """The line names the field and what is wrong or would be right; nothing is written."""
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(DataError) as refused:
+        load(make(tmp_path / "corpus"))
+    line = str(refused.value)
+    assert line.startswith(f"{field} = ") and hint in line and "\n" not in line
+    assert not cache.exists()
+
+
+def test_vocabulary_without_room_for_every_byte_is_refused(cache):
+    """257 is the least: 256 bytes and the end-of-text mark."""
+    with pytest.raises(DataError, match=r"^vocab_size = 256: must be at least 257"):
+        load("stdlib", vocab_size=256)
+
+
+def test_unwritable_cache_is_refused_in_one_line(docs, tmp_path, monkeypatch):
+    """Where the cache cannot be, the line says so and how to choose another place."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(save(tmp_path / "a file", b"")))
+    with pytest.raises(DataError, match=r"^cache folder = .*XDG_CACHE_HOME names another place$"):
+        load(save_jsonl(tmp_path / "rows.jsonl", docs))
+
+
+def numbered(windows, block_size, rest):
+    """Tokens whose window i holds i everywhere, and some that fill no window."""
+    return np.concatenate([np.repeat(np.arange(windows, dtype=np.uint16), block_size + 1),
+                           np.full(rest, 60000, np.uint16)])
+
+
+def taken(batches, n):
+    """The windows of the next n batches, in order."""
+    return torch.cat([batches.next() for _ in range(n)])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("windows, B", [(12, 4), (13, 4), (5, 5), (7, 1)])
+def test_every_window_once_an_epoch_in_a_new_order_each_time(rng, windows, B):
+    """Epochs run on without a gap, also inside a batch; the order depends on the seed and on nothing else."""
+    tokens, seed = numbered(windows, 6, rest=5), int(rng.integers(1 << 31))
+    order = taken(Batches(tokens, 6, B, seed), windows * 3)
+    epochs = [order[i : i + windows] for i in range(0, len(order), windows)]
+    assert all(sorted(epoch) == list(range(windows)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert order == taken(Batches(tokens, 6, B, seed), windows * 3)
+    assert order != taken(Batches(tokens, 6, B, seed + 1), windows * 3)
+
+
+def test_batches_are_whole_windows_of_the_stream(rng):
+    """A batch is int64 [B, S + 1], and each row is a run of the stream that starts at a multiple of S + 1."""
+    tokens = rng.integers(0, 65536, 1000).astype(np.uint16)
+    batch = Batches(tokens, 9, 8, 0).next()
+    assert batch.shape == (8, 10) and batch.dtype == torch.int64
+    stream = tokens.astype(np.int64).reshape(100, 10).tolist()
+    assert all(row in stream for row in batch.tolist())
+
+
+@pytest.mark.parametrize("windows, B", [(13, 4), (4, 4)])
+def test_state_resumes_at_the_exact_next_window(rng, windows, B):
+    """From the state at any step, through JSON, a fresh object goes on as the first one did."""
+    tokens, seed = rng.integers(0, 999, windows * 7).astype(np.uint16), int(rng.integers(99))
+    first = Batches(tokens, 6, B, seed)
+    states, batches = zip(*[(json.dumps(first.state_dict()), first.next()) for _ in range(10)], strict=True)
+    for step, state in enumerate(states):
+        resumed = Batches(tokens, 6, B, seed)
+        resumed.load_state_dict(json.loads(state))
+        assert all(torch.equal(resumed.next(), batch) for batch in batches[step:])
+
+
+def test_batches_refuse_what_cannot_fill_one_and_a_place_that_is_not_there():
+    """Too little text for a batch or a window, or a place saved with other text: one line with the sizes."""
+    tokens = numbered(3, 6, rest=4)
+    with pytest.raises(DataError, match=r"^batch_size = 4: must be at most 3, the windows .* 25 training"):
+        Batches(tokens, 6, 4, 0)
+    with pytest.raises(DataError, match=r"^block_size = 25: must be less than the 25 validation tokens"):
+        validation_batches(tokens, 25, 4, 1)
+    for state in ({"epoch": 0, "index": 3}, {"epoch": -1, "index": 0}):
+        with pytest.raises(DataError, match=r"must be a place in these 3 windows"):
+            Batches(tokens, 6, 3, 0).load_state_dict(state)
+
+
+def test_validation_batches_are_fixed_and_spread_over_the_text():
+    """The same distinct windows each time, in order, from first to near last; fewer when there are fewer."""
+    tokens = numbered(50, 6, rest=3)
+    batches = validation_batches(tokens, 6, 4, 3)
+    picked = torch.cat(batches)[:, 0].tolist()
+    assert [batch.shape for batch in batches] == [(4, 7)] * 3 and batches[0].dtype == torch.int64
+    assert picked == sorted(set(picked)) and picked[0] == 0 and picked[-1] >= 45
+    assert all(map(torch.equal, batches, validation_batches(tokens, 6, 4, 3)))
+    assert len(validation_batches(tokens, 6, 4, 99)) == 12
+    assert [batch.shape for batch in validation_batches(tokens[:21], 6, 4, 2)] == [(3, 7)]
