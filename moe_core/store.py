@@ -185,7 +185,8 @@ class RunStore:
         known = {branch.id: branch.name for branch in self.branches()}
         if name in known.values():
             raise StoreError(f"{self.path}: there is a branch {name!r} already")
-        if not 0 <= index(fork_step) <= (last := self.last_step(parent)):
+        last = self.last_step(parent)
+        if not 0 <= index(fork_step) <= last:
             raise StoreError(
                 f"{self.path}: fork_step = {fork_step}: must be a step of {known[parent]!r}, 0 to {last}")
         branch = self._insert("INSERT INTO branches(name, parent, fork_step, created) VALUES (?, ?, ?, ?)",
@@ -264,7 +265,7 @@ class RunStore:
             # After the rows, so that every layout that they mean is there.
             found = db.execute("SELECT id, names, layers, experts FROM layouts")
             layouts = {row[0]: row[1:] for row in found}
-        return decode(rows, layouts)
+        return decode(rows, layouts, shares)
 
     def read_events(self, branch_id: int = MAIN, after: int = 0) -> list[dict[str, Any]]:
         """The events that the branch shows, its parent's included, by step, then in the order they came.

@@ -22,7 +22,7 @@ class Steps:
     """n steps, oldest first.
 
     ``names`` has every metric of these rows, so two reads may differ in it. NaN stands where a row has no
-    such metric, or no shares; L = E = 0 where no row has any.
+    such metric, or no shares; L = E = 0 while no step of the run has any.
     """
 
     steps: np.ndarray  # int64 [n]
@@ -56,18 +56,15 @@ def pack_metrics(floats: struct.Struct, metrics: Mapping[str, float]) -> bytes:
             return np.array([float(value) for value in metrics.values()]).astype("<f4").tobytes()
 
 
-def decode(rows: Sequence[tuple], layouts: Mapping[int, tuple[str, int, int]]) -> Steps:
-    """Rows (id, time, layout, metrics[, shares]) as arrays; ``layouts`` is id -> (names as JSON, L, E).
+def decode(rows: Sequence[tuple], layouts: Mapping[int, tuple[str, int, int]], shares: bool) -> Steps:
+    """Rows (id, time, layout, metrics, and shares if so) as arrays; ``layouts``: id -> (names as JSON, L, E).
 
     One join of blobs and one scatter for each layout, no loop over rows: a run of 10k steps is read while
     somebody waits for a chart.
     """
-    if not rows:
-        return Steps(np.zeros(0, np.int64), np.zeros(0), [], np.zeros((0, 0), np.float32),
-                     np.zeros((0, 2, 0, 0), np.float32))
-    # column by column: zip(*rows) makes an iterator a row and takes eight times as long
-    ids, time, layout, metrics, *rest = ([row[column] for row in rows] for column in range(len(rows[0])))
-    layout_n = np.array(layout)
+    # column by column: zip(*rows) would make an iterator for each row and take eight times as long
+    ids, time, layout, metrics, *rest = ([row[column] for row in rows] for column in range(4 + shares))
+    layout_n = np.array(layout, np.int64)
     used = {number: np.flatnonzero(layout_n == number) for number in np.unique(layout_n).tolist()}
     columns: dict[str, int] = {}
     for number in used:
@@ -78,12 +75,13 @@ def decode(rows: Sequence[tuple], layouts: Mapping[int, tuple[str, int, int]]) -
         where = [columns[name] for name in json.loads(layouts[number][0])]
         values[np.ix_(at, where)] = _floats(metrics, at).reshape(len(at), len(where))
 
-    shape = max((layouts[number][1:] for number in used), default=(0, 0)) if rest else (0, 0)
-    shares = np.full((len(rows), 2, *shape), np.nan, np.float32)
+    # All rows that have shares have the same L and E.
+    shape = max((layout[1:] for layout in layouts.values()), default=(0, 0)) if shares else (0, 0)
+    load = np.full((len(rows), 2, *shape), np.nan, np.float32)
     for number, at in used.items():
-        if shares.size and layouts[number][1:] == shape:
-            shares[at] = _floats(rest[0], at).reshape(len(at), 2, *shape)
-    return Steps(np.array(ids, np.int64) & STEP_MAX, np.array(time), list(columns), values, shares)
+        if load.size and layouts[number][1:] == shape:
+            load[at] = _floats(rest[0], at).reshape(len(at), 2, *shape)
+    return Steps(np.array(ids, np.int64) & STEP_MAX, np.array(time, np.float64), list(columns), values, load)
 
 
 def _floats(blobs: Sequence[bytes], at: np.ndarray) -> np.ndarray:

@@ -114,10 +114,10 @@ def reading(folder: Path, rows: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=200, help="a round")
+    parser.add_argument("--rounds", type=int, default=240)
+    parser.add_argument("--calls", type=int, default=50, help="a round")
     parser.add_argument("--steps", type=int, nargs="+", default=[10_000, 100_000], help="to read")
-    parser.add_argument("--dir", help="where the files go, to measure its disk (default: the temporary folder)")
+    parser.add_argument("--dir", help="whose disk to measure (default: the temporary folder)")
     args = parser.parse_args()
     for shares in (None, np.random.default_rng(0).random((2, 10, 8), np.float32)):
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
