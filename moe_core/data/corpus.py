@@ -146,14 +146,14 @@ def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str
         return  # an empty shard, which the JSON reader stumbles over
     is_parquet, path = file.suffix.lower() == ".parquet", glob.escape(str(file))
     try:
-        rows = (reader.from_parquet if is_parquet else reader.from_json)(path, cache_dir=cache)
-        columns = rows.column_names
-        if columns and data.text_key not in columns:
-            raise DataError(f"text_key = {data.text_key!r}: must be a column of {file}, which has "
-                            f"{', '.join(map(repr, columns))}")
-        if is_parquet:  # only the column that is read, and no batch size of 0 from an empty first row group
+        if is_parquet:
+            _check_column(data, file, reader.from_parquet(path, cache_dir=cache).column_names)
+            # Only the column that is read; and an empty first row group would make the batch size 0.
             rows = reader.from_parquet(path, cache_dir=cache, columns=[data.text_key], batch_size=1024)
+        else:
+            rows = reader.from_json(path, cache_dir=cache)
         for table in rows.with_format("arrow").iter(batch_size=1024):
+            _check_column(data, file, table.column_names)
             for text in table[data.text_key].to_pylist():
                 if text is not None and not isinstance(text, str):
                     raise DataError(f"text_key = {data.text_key!r}: must be a column of text; in {file} it "
@@ -165,6 +165,12 @@ def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         kind = "Parquet" if is_parquet else "JSON lines"
         raise DataError(f"{_name(data)}: {file} cannot be read as {kind} ({reason})") from error
+
+
+def _check_column(data: DataConfig, file: Path, columns: list[str]) -> None:
+    if data.text_key not in columns:
+        raise DataError(f"text_key = {data.text_key!r}: must be a column of {file}, which has "
+                        f"{', '.join(map(repr, columns))}")
 
 
 @contextlib.contextmanager
