@@ -8,10 +8,10 @@ The cache is ``$XDG_CACHE_HOME/moe-workbench`` (``~/.cache`` without it)::
     <key>/tokenizer.json meta.json
     stamps/<stamp>             the key that these files and settings came to the last time
 
-The key is a hash of the documents themselves and the settings, so it names the tokens wherever the files
-lie and whatever format they have. Working it out means reading everything, so a stamp (paths, sizes and
-modification times, as in ``make``) finds it again in milliseconds; a file that was merely touched costs one
-reading and no tokenising.
+The key is a hash of the documents themselves and the settings: it names the tokens, wherever the files lie
+and whatever their format. Working it out means reading everything, so a stamp (paths, sizes, modification
+times, as in ``make``) finds it again in milliseconds; a file merely touched or moved costs one reading and
+no tokenising.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from moe_core.data.tokenizer import END_OF_TEXT, MIN_VOCAB, encode, train_tokeni
 
 FORMAT = 1  # of the cache: raise it when the same text and settings would give other tokens
 PIECE_CHARS = 2048  # a corpus of too few documents to split is cut into pieces of this length
-TOKENIZER_CHARS = 64 << 20  # a vocabulary gains nothing from more text, and this much takes about ten seconds
+TOKENIZER_CHARS = 64 << 20  # a vocabulary gains little from more text, and training takes time and memory
 ENCODE_CHARS = 1 << 20  # tokenised at a time: an encoding in memory is a hundred times the size of its ids
 
 
@@ -80,13 +80,14 @@ def load_tokens(data: DataConfig, vocab_size: int, say: Callable[[str], None] = 
         return found
 
     what = "the Python standard library's sources" if data.dataset_name == EMBEDDED else data.dataset_name
-    say(f"Preparing {what} once ({len(files):,} files, {size / 1e6:,.1f} MB): "
+    say(f"Preparing {what} once ({len(files):,} file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB): "
         f"a tokenizer of {vocab_size:,}, then tokens")
     started = time.perf_counter()
-    survey = _survey(lambda: documents(data), data, share=min(1.0, TOKENIZER_CHARS / max(size, 1)))
+    share = min(1.0, TOKENIZER_CHARS / max(size, 1))
+    survey = _survey(lambda: documents(data), data, share)
     if survey.cut:
         say(f"Too few documents to split: cut into {survey.documents:,} of about {PIECE_CHARS:,} characters")
-    key = _hash(settings, survey.digest)
+    key = _hash(settings, share, survey.digest)
     try:
         found = _open(root / key) or _prepare(root, key, survey, data, vocab_size)
         _write(stamp, key)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -164,7 +165,8 @@ def test_split_is_by_the_document_alone(docs, tmp_path, cache):
 
 
 def test_split_takes_about_the_fraction_asked_and_grows_with_it(library):
-    """A larger fraction keeps the validation documents of a smaller one."""
+    """The same documents in every process, on any machine; a larger fraction keeps those of a smaller one."""
+    assert [i for i in range(40) if is_validation(f"document {i}", 0.1)] == [2, 10, 17, 37]
     texts = [f"{i} {text[:50]}" for i, text in enumerate(library * 5)]
     small, large = ({text for text in texts if is_validation(text, f)} for f in (0.05, 0.3))
     assert small < large
@@ -234,15 +236,27 @@ def test_damaged_cache_is_made_again(docs, tmp_path, cache, name):
     assert load(file, say=said.append).key == again.key and len(said) == 2
 
 
-def test_one_long_file_is_split_too(library, tmp_path, cache):
-    """A corpus of one document is cut into pieces at line ends; no line is lost or on the wrong side."""
-    book, said = "".join(sorted(library, key=len)[-3:]), []
-    (tmp_path / "book.txt").write_text(book)
-    data = load(tmp_path / "book.txt", say=said.append)
+@pytest.mark.parametrize("line_end", ["\n", " "])
+def test_one_long_file_is_split_too(library, tmp_path, cache, line_end):
+    """A corpus of one document is cut into pieces, at line ends where there are any; nothing is lost."""
+    book, said = "".join(sorted(library, key=len)[-3:]).replace("\n", line_end), []
+    data = load(save(tmp_path / "book.txt", book.encode()), say=said.append)
     train, val = as_documents(data, data.train), as_documents(data, data.val)
     assert 0.1 < len(val) / len(train + val) < 0.3 and "cut into" in said[1]
-    assert all(piece.endswith("\n") and len(piece) <= 2049 for piece in train + val)
-    assert sorted("".join(train + val).splitlines()) == sorted(book.splitlines())
+    assert sum(map(len, train + val)) == len(book)
+    assert all(piece in book and len(piece) <= 2049 for piece in train + val)
+    assert line_end != "\n" or all(piece.endswith("\n") for piece in train + val)
+
+
+def test_documents_of_any_length_go_through_whole(docs, tmp_path, cache, monkeypatch):
+    """Too long to tokenise at once, in a corpus too long to train on whole: still one document, in order."""
+    monkeypatch.setattr("moe_core.data.batches.ENCODE_CHARS", 500)
+    monkeypatch.setattr("moe_core.data.batches.TOKENIZER_CHARS", 9000)
+    data = load(save_jsonl(tmp_path / "rows.jsonl", docs))
+    assert data.vocab_size == V
+    assert load(save_parquet(tmp_path / "rows.parquet", docs)).key != data.key  # another part was trained on
+    assert as_documents(data, data.train) == [text for text in docs if not is_validation(text, 0.2)]
+    assert as_documents(data, data.val) == [text for text in docs if is_validation(text, 0.2)]
 
 
 def test_reading_files_is_offline_and_silent_and_leaves_nothing(docs, tmp_path):
@@ -261,11 +275,13 @@ def test_reading_files_is_offline_and_silent_and_leaves_nothing(docs, tmp_path):
               "    for text in texts: n += 1\n"
               "except DataError as error: print(n, len(str(error).splitlines()), events)\n"
               "import datasets; from datasets import logging\n"  # what the user had set is set again
-              "print(datasets.are_progress_bars_disabled(), logging.get_verbosity() == logging.WARNING)")
+              "print(datasets.are_progress_bars_disabled(), logging.get_verbosity() == logging.WARNING)\n"
+              "print('all that was said', end='', file=sys.stderr)")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    screen, terminal = pty.openpty()  # bars are drawn on a terminal only
     done = subprocess.run([sys.executable, "-c", script], env={**env, "HOME": str(home)}, text=True,
-                          capture_output=True, timeout=60)
-    assert done.stderr == ""
+                          stdout=subprocess.PIPE, stderr=terminal, timeout=60)
+    assert os.read(screen, 1 << 16) == b"all that was said"
     assert done.stdout.split("\n") == ["66 1 []", "False True", ""]
     assert list(home.rglob("*")) == []
 
