@@ -3,6 +3,8 @@
 One process writes, any number read, and neither waits for the other (WAL). What a ``log_...`` call returned
 from outlives ``kill -9``; a power cut may take the newest commits with it, never an older row
 (``synchronous=NORMAL``). The run must lie on a local disk: WAL needs memory that readers and writer share.
+Copy a run that is being written with SQLite's ``VACUUM INTO``, never file by file: when a process closes a
+file, POSIX drops all its locks on that file, SQLite's too.
 
 L layers, E experts, n rows.
 """
@@ -27,7 +29,7 @@ import numpy as np
 
 from moe_core import store_access as access
 from moe_core.store_access import StoreError, as_store_error
-from moe_core.store_rows import Steps, decode, event_json, pack_metrics
+from moe_core.store_rows import Steps, decode, pack_metrics, to_json
 from moe_core.store_schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
 
 __all__ = ["Branch", "RunStore", "Steps", "StoreError"]
@@ -169,10 +171,7 @@ class RunStore:
         ``asked``: when somebody asked for it, seconds since 1970; ``applied`` is now. ``payload``: JSON
         values; a number that is not finite is kept as text, since JSON has none.
         """
-        try:
-            text = event_json(payload)
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"{self.path}: the payload of a {kind} event is not JSON: {error}") from error
+        text = self._json(payload, f"the payload of a {kind} event")
         return self._insert(
             "INSERT INTO events(branch, step, kind, asked, applied, payload) VALUES (?, ?, ?, ?, ?, ?)",
             (branch_id, index(step), kind, asked, clock.time(), text), branch_id)
@@ -197,7 +196,13 @@ class RunStore:
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a JSON value under ``key``, in place of what was there."""
         self._insert("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
-                     (key, json.dumps(value)))
+                     (key, self._json(value, key)))
+
+    def _json(self, value: Any, what: str) -> str:
+        try:
+            return to_json(value)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{self.path}: {what} is not JSON: {error}") from error
 
     def _insert(self, sql: str, values: tuple, branch_id: int = MAIN) -> int:
         with self._guard, as_store_error(self.path):

@@ -72,8 +72,8 @@ def make(path: Path, config: Mapping[str, Any]) -> None:
 def check(path: Path) -> None:
     """Raise StoreError unless ``path`` is a run that this code can read. Writes nothing.
 
-    It asks through SQLite on purpose: a plain open() and close() of the file in the process that writes it
-    would drop that process's locks on it, as POSIX has it.
+    It asks through SQLite on purpose: open() and close() of the file by the process that writes it would drop
+    the locks that guard its writing.
     """
     file = path / FILE
     if not path.exists():
@@ -86,6 +86,8 @@ def check(path: Path) -> None:
         with contextlib.closing(connect_reader(file, leave_no_trace=True)) as db:
             kind, version = (db.execute(f"PRAGMA {name}").fetchone()[0]
                              for name in ("application_id", "user_version"))
+    except sqlite3.OperationalError:
+        raise  # may not or cannot be read just now, which says nothing of what it is
     except sqlite3.DatabaseError as error:
         raise StoreError(f"{path}: is not a run, {FILE}: {error}") from error
     if kind != APPLICATION_ID or version < 1:

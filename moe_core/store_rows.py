@@ -88,12 +88,12 @@ def _floats(blobs: Sequence[bytes], at: np.ndarray) -> np.ndarray:
     return np.frombuffer(b"".join([blobs[row] for row in at.tolist()]), "<f4")
 
 
-def event_json(payload: Mapping[str, Any]) -> str:
+def to_json(value: Any) -> str:
     """JSON for every reader: NaN and infinities, which it lacks, become text that float() takes back."""
     try:
-        return json.dumps(payload, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     except ValueError:
-        return json.dumps(_finite(payload), allow_nan=False)
+        return json.dumps(_finite(value), allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
