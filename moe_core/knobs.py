@@ -46,7 +46,7 @@ KNOBS = {spec.name: spec for spec in (
 
 @dataclass(frozen=True)
 class Setting:
-    """How a knob is set. ``start`` and ``since`` are a ramp's first value and the step that first moves."""
+    """How a knob is set, and from which step on (``since``; None: never turned). A ramp goes from ``start``."""
 
     mode: str = "follow"
     value: float | None = None
@@ -73,10 +73,8 @@ class Knob:
 
     def turn(self, mode: str, value: float | None, over: int | None, step: int) -> None:
         """Set the knob from ``step`` on. The request must have passed :func:`check_turn`."""
-        if mode == "ramp":
-            self.setting = Setting(mode, float(value), over, start=self.at(step - 1), since=step)
-        else:
-            self.setting = Setting(mode, None if value is None else float(value))
+        start = self.at(step - 1) if mode == "ramp" else None
+        self.setting = Setting(mode, None if value is None else float(value), over, start, since=step)
 
 
 def check_turn(name: str, mode: str, value: float | None = None, over: int | None = None) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from moe_core.config import RunConfig
 from moe_core.data import Batches, load_tokens, validation_batches
-from moe_core.knobs import KnobError, Knobs, check_turn
+from moe_core.handle import KnobHandle, KnobHandles
+from moe_core.knobs import Knobs
 from moe_core.session import Command, Progress, Session
 from moe_core.store import RunStore, StoreError
 from moe_core.trainer import NonFiniteError, StepRecord, Trainer, resolve_device
@@ -40,7 +41,6 @@ class Run:
         self._trainer = trainer
         self._knobs = trainer.knobs if trainer else Knobs(config, resolve_device(config))
         self._branch = store.branches()[0]
-        self._applied_at: dict[str, int] = {}
         self._step = store.last_step(self._branch.id)
         for event in store.read_events(self._branch.id):
             if event["kind"] == "knob":
@@ -131,7 +131,7 @@ class Run:
     @property
     def knobs(self) -> KnobHandles:
         """The run's knobs by name: ``run.knobs["router_temp"].hold(1.3)``."""
-        return KnobHandles((name, KnobHandle(self, name)) for name in self._knobs)
+        return KnobHandles((name, KnobHandle(self, knob)) for name, knob in self._knobs.items())
 
     def note(self, text: str, step: int | None = None) -> None:
         """Pin a note to ``step`` (default: the step that the run is at when it takes it)."""
@@ -151,9 +151,7 @@ class Run:
         self.store.log_event(self._branch.id, step, command.kind, payload, asked=command.asked)
 
     def _turn(self, payload: dict, step: int) -> None:
-        name = payload["name"]
-        self._knobs[name].turn(payload["mode"], payload.get("value"), payload.get("over"), step)
-        self._applied_at[name] = step
+        self._knobs[payload["name"]].turn(payload["mode"], payload.get("value"), payload.get("over"), step)
 
     def record_error(self, error: BaseException) -> None:
         """Write down what stopped training. For the session."""
@@ -207,88 +205,6 @@ class Run:
         if name not in known:
             raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
         return known[name]
-
-
-class KnobHandle:
-    """A run's knob in a user's hand. Turning it enqueues; it holds from the next step boundary."""
-
-    def __init__(self, run: Run, name: str):
-        self._run, self._knob, self.name = run, run._knobs[name], name
-
-    @property
-    def low(self) -> float:
-        """The least value that is accepted."""
-        return self._knob.spec.low
-
-    @property
-    def high(self) -> float:
-        """The greatest value that is accepted."""
-        return self._knob.spec.high
-
-    @property
-    def slider(self) -> tuple[float, float]:
-        """The range worth offering on a slider."""
-        return self._knob.spec.slider
-
-    @property
-    def mode(self) -> str:
-        """"follow", "hold" or "ramp"."""
-        return self._knob.setting.mode
-
-    @property
-    def target(self) -> float | None:
-        """What is held or ramped to; None while the schedule is followed."""
-        return self._knob.setting.value
-
-    @property
-    def value(self) -> float:
-        """What the next step will use."""
-        return self._knob.at(self._run.current_step + 1)
-
-    @property
-    def scheduled(self) -> float:
-        """What the schedule says for the next step."""
-        return self._knob.scheduled(self._run.current_step + 1)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a turn of this knob waits for a step boundary."""
-        return any(c.kind == "knob" and c.payload["name"] == self.name for c in self._run.session.pending())
-
-    @property
-    def applied_at(self) -> int | None:
-        """The first step that the last turn acted on; None if it was never turned."""
-        return self._run._applied_at.get(self.name)
-
-    def follow(self) -> None:
-        """Go back to the schedule."""
-        self._post("follow")
-
-    def hold(self, value: float) -> None:
-        """Stay at ``value``. Raises KnobError out of range."""
-        self._post("hold", value=value)
-
-    def ramp(self, to: float, over: int) -> None:
-        """Move linearly to ``to`` in ``over`` steps, then stay there. Raises KnobError out of range."""
-        self._post("ramp", value=to, over=over)
-
-    def _post(self, mode: str, **how) -> None:
-        check_turn(self.name, mode, **how)
-        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how}))
-
-    def __repr__(self) -> str:
-        held = "" if self.target is None else f" {self.target:g}"
-        return f"{self.name} = {self.value:g} ({self.mode}{held}; schedule {self.scheduled:g})"
-
-
-class KnobHandles(dict[str, KnobHandle]):
-    """The handles by name; a name that is none raises KnobError with those that are."""
-
-    def __missing__(self, name: str):
-        raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")
-
-    def __repr__(self) -> str:
-        return "\n".join(map(repr, self.values()))
 
 
 def _build(config: RunConfig, knobs: Knobs, say: Callable[[str], None]) -> Trainer:

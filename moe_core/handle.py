@@ -1,0 +1,91 @@
+"""A run's knobs in a user's hand: what each says now, and turning it.
+
+Turning enqueues a command, which the run's session applies at the next step boundary.
+"""
+
+from __future__ import annotations
+
+from moe_core.knobs import Knob, KnobError, check_turn
+from moe_core.session import Command
+
+
+class KnobHandle:
+    """One knob of ``run``: ``knob`` as it stands, and the run to ask for a turn."""
+
+    def __init__(self, run, knob: Knob):
+        self._run, self._knob, self.name = run, knob, knob.spec.name
+
+    @property
+    def low(self) -> float:
+        """The least value that is accepted."""
+        return self._knob.spec.low
+
+    @property
+    def high(self) -> float:
+        """The greatest value that is accepted."""
+        return self._knob.spec.high
+
+    @property
+    def slider(self) -> tuple[float, float]:
+        """The range worth offering on a slider."""
+        return self._knob.spec.slider
+
+    @property
+    def mode(self) -> str:
+        """"follow", "hold" or "ramp"."""
+        return self._knob.setting.mode
+
+    @property
+    def target(self) -> float | None:
+        """What is held or ramped to; None while the schedule is followed."""
+        return self._knob.setting.value
+
+    @property
+    def value(self) -> float:
+        """What the next step will use."""
+        return self._knob.at(self._run.current_step + 1)
+
+    @property
+    def scheduled(self) -> float:
+        """What the schedule says for the next step."""
+        return self._knob.scheduled(self._run.current_step + 1)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a turn of this knob waits for a step boundary."""
+        return any(c.kind == "knob" and c.payload["name"] == self.name for c in self._run.session.pending())
+
+    @property
+    def applied_at(self) -> int | None:
+        """The first step that the last turn acted on; None if it was never turned."""
+        return self._knob.setting.since
+
+    def follow(self) -> None:
+        """Go back to the schedule."""
+        self._post("follow")
+
+    def hold(self, value: float) -> None:
+        """Stay at ``value``. Raises KnobError out of range."""
+        self._post("hold", value=value)
+
+    def ramp(self, to: float, over: int) -> None:
+        """Move linearly to ``to`` in ``over`` steps, then stay there. Raises KnobError out of range."""
+        self._post("ramp", value=to, over=over)
+
+    def _post(self, mode: str, **how) -> None:
+        check_turn(self.name, mode, **how)
+        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how}))
+
+    def __repr__(self) -> str:
+        held = "" if self.target is None else f" {self.target:g}"
+        return f"{self.name} = {self.value:g} ({self.mode}{held}; schedule {self.scheduled:g})"
+
+
+class KnobHandles(dict[str, KnobHandle]):
+    """The handles by name; a name that is none raises KnobError with those that are."""
+
+    def __missing__(self, name: str):
+        raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.values()))
