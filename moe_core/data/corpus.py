@@ -126,19 +126,22 @@ def _read_local(data: DataConfig, files: list[Path]) -> Iterator[str]:
 
 
 def _read_text(data: DataConfig, files: list[Path], reader, cache: str) -> Iterator[str]:
-    # from_text takes patterns, not paths: "[" in a file's name would silently match nothing.
-    rows = iter(reader.from_text([glob.escape(str(file)) for file in files], sample_by="document",
-                                 encoding="utf-8-sig", cache_dir=cache))
-    for file in files:  # one row a file, in this order
-        try:
+    file = files[0]
+    try:
+        # from_text takes patterns, not paths: "[" in a file's name would silently match nothing.
+        rows = iter(reader.from_text([glob.escape(str(file)) for file in files], sample_by="document",
+                                     encoding="utf-8-sig", cache_dir=cache))
+        for file in files:  # one row a file, in this order
             text = next(rows)["text"]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{_name(data)}: {file} is not UTF-8 text; convert it or leave it out") from error
-        except OSError as error:
-            raise DataError(f"{_name(data)}: {file} cannot be read ({error.strerror or error})") from error
-        if "\0" in text:
-            raise DataError(f"{_name(data)}: {file} is binary, not text; leave it out")
-        yield text
+            if "\0" in text:
+                raise DataError(f"{_name(data)}: {file} is binary, not text; leave it out")
+            yield text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_name(data)}: {file} is not UTF-8 text; convert it or leave it out") from error
+    except DataError:
+        raise
+    except Exception as error:
+        raise _unreadable(data, file, "text", error) from error
 
 
 def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str]:
@@ -161,10 +164,14 @@ def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str
                 yield text or ""
     except DataError:
         raise
-    except Exception as error:  # whatever the readers of the two formats raise: it is the file's content
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        kind = "Parquet" if is_parquet else "JSON lines"
-        raise DataError(f"{_name(data)}: {file} cannot be read as {kind} ({reason})") from error
+    except Exception as error:
+        raise _unreadable(data, file, "Parquet" if is_parquet else "JSON lines", error) from error
+
+
+def _unreadable(data: DataConfig, file: Path, kind: str, error: Exception) -> DataError:
+    """What the readers raise has no common class and is about the file's content: one line for all of it."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return DataError(f"{_name(data)}: {file} cannot be read as {kind} ({reason})")
 
 
 def _check_column(data: DataConfig, file: Path, columns: list[str]) -> None:

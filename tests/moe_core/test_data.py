@@ -300,6 +300,7 @@ BAD = {  # name: the corpus in a folder, the field at fault, what the line says
     "numbers": (lambda at: save_parquet(at / "a.parquet", [1, 2]), "text_key", "holds int"),
     "broken jsonl": (lambda at: save(at / "a.jsonl", b'{"text": "a"}\n{"te'), "dataset_name", "JSON lines"),
     "broken parquet": (lambda at: save(at / "a.parquet", b"PAR1 no"), "dataset_name", "Parquet"),
+    "odd name": (lambda at: save(at / "a::b.txt", b"text"), "dataset_name", "cannot be read as text"),
     "too small": (lambda at: save(at / "a.txt", b"one line\n"), "dataset_name", "too few to split"),
 }
 
