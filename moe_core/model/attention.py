@@ -40,7 +40,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019), scaled by a weight of its size.
+    """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019), times a weight of its size.
 
     The statistics of bfloat16 input are accumulated in float32.
     """
@@ -66,7 +66,7 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) 
 
 
 def apply_rope(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Rotate each pair (i, i + C/2) of a head by its angle: the half-split layout of Hugging Face's models."""
+    """Rotate each pair (i, i + C/2) of a head by its angle: the half-split layout, as Hugging Face's."""
     a, b = x_BHSC.chunk(2, dim=-1)
     return torch.cat((a * cos_SC - b * sin_SC, b * cos_SC + a * sin_SC), dim=-1).to(x_BHSC.dtype)
 

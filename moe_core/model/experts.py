@@ -103,7 +103,8 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, d_model: int, width: int, impl: str = "grouped"):
         super().__init__()
         if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"experts_impl = {impl!r}: must be one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+            known = ", ".join(map(repr, IMPLEMENTATIONS))
+            raise ValueError(f"experts_impl = {impl!r}: must be one of {known}")
         self.impl = impl
         self.w_gate = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.w_up = nn.Parameter(torch.empty(n_experts, d_model, width))

@@ -27,10 +27,11 @@ class RouterControls(NamedTuple):
 
     temp: Tensor  # > 0, divides the logits
     noise_std: Tensor  # >= 0, scales the selection noise
-    capacity_factor: Tensor  # > 0, an expert's room in units of the fair share; unused when dropless
+    capacity_factor: Tensor | None  # > 0, an expert's room in units of the fair share; None when dropless
 
     @classmethod
-    def constant(cls, temp: float, noise_std: float, capacity_factor: float, device=None) -> RouterControls:
+    def constant(cls, temp: float, noise_std: float, capacity_factor: float,
+                 device: torch.device | None = None) -> RouterControls:
         """Controls that hold the given numbers."""
         return cls(*(torch.full((), float(value), device=device, dtype=torch.float32)
                      for value in (temp, noise_std, capacity_factor)))
@@ -63,7 +64,8 @@ class Routing:
     stats: RouterStats
 
 
-def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | None = None, device=None) -> Tensor:
+def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | None = None,
+               device: torch.device | None = None) -> Tensor:
     """Standard selection noise in float32: "gumbel" is Gumbel(0, 1), "gaussian" is N(0, 1).
 
     ``generator`` must live on ``device``; None is torch's global one. Raises ValueError for another kind.
@@ -73,7 +75,8 @@ def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | Non
         return noise.normal_(generator=generator)
     if kind == "gumbel":
         # -log of Exp(1). The clamp keeps a draw of exactly 0 from becoming inf, and 0 * inf a NaN.
-        return noise.exponential_(generator=generator).clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+        tiny = torch.finfo(torch.float32).tiny
+        return noise.exponential_(generator=generator).clamp_min_(tiny).log_().neg_()
     raise ValueError(f"noise kind = {kind!r}: must be 'gumbel' or 'gaussian'")
 
 

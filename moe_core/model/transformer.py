@@ -1,4 +1,4 @@
-"""A pre-norm decoder-only transformer, mixture-of-experts or dense: tokens -> loss terms and router statistics.
+"""A pre-norm decoder-only transformer, MoE or dense: tokens -> loss terms and router statistics.
 
 Shapes: B batch, S sequence, T = B * S tokens, D model width, F width of an expert or of a dense MLP,
 E experts, K picks of a token, V vocabulary, L layers.
@@ -22,7 +22,7 @@ from moe_core.model.router import Router, RouterControls, RouterStats, Routing, 
 class Output:
     """What one forward gives. The total to minimise is ``ce + alpha * balance + z_coef * z``."""
 
-    losses: dict[str, Tensor]  # 0-D float32: "ce" where targets are given; "balance", "z" (means over L) for a MoE
+    losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance" and "z", means over L, for a MoE
     balance_L: Tensor | None  # detached, of each layer; None when dense, as the two below
     z_L: Tensor | None
     stats: RouterStats | None  # each tensor with a leading L
@@ -53,7 +53,8 @@ class MoE(nn.Module):
         self.router = Router(model.d_model, model.n_experts, router)
         self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl)
 
-    def forward(self, x_BSD: Tensor, controls: RouterControls, noise_TE: Tensor | None) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, controls: RouterControls,
+                noise_TE: Tensor | None) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD, controls, noise_TE)
         return self.experts(x_TD, routing).view_as(x_BSD), routing
@@ -85,8 +86,9 @@ class Transformer(nn.Module):
     one. ``experts_impl`` is "grouped" or "loop". Built under ``torch.device("meta")`` it holds shapes only.
     """
 
-    def __init__(self, model: ModelConfig, router: RouterConfig, *, compute_dtype: torch.dtype = torch.float32,
-                 experts_impl: str = "grouped", seed: int | None = None):
+    def __init__(self, model: ModelConfig, router: RouterConfig, *,
+                 compute_dtype: torch.dtype = torch.float32, experts_impl: str = "grouped",
+                 seed: int | None = None):
         super().__init__()
         self.config, self.router_config, self.compute_dtype = model, router, compute_dtype
         self.embed = Embedding(model.vocab_size, model.d_model)
@@ -115,17 +117,18 @@ class Transformer(nn.Module):
     def compute(self, tokens_BS: Tensor, targets_BS: Tensor | None, controls: RouterControls | None,
                 noise_LTE: Tensor | None, return_logits: bool = False) -> Output:
         """:meth:`forward` with the noise given: a function of its arguments, and one graph under compile."""
-        config, S = self.config, tokens_BS.shape[1]
-        if S > config.block_size:
-            raise ValueError(f"a sequence of {S} tokens: must be at most block_size = {config.block_size}")
+        config, length = self.config, tokens_BS.shape[1]
+        if length > config.block_size:
+            raise ValueError(f"a sequence of {length} tokens: must be at most "
+                             f"block_size = {config.block_size}")
         if controls is None:
             controls = RouterControls.constant(self.router_config.router_temp_final, 0.0,
                                                self.router_config.capacity_factor, tokens_BS.device)
         x_BSD, rope = self.embed(tokens_BS), None
         if self.positions is not None:
-            x_BSD = x_BSD + self.positions.weight[:S]
+            x_BSD = x_BSD + self.positions.weight[:length]
         else:
-            rope = rope_tables(S, config.head_dim, config.rope_theta, tokens_BS.device)
+            rope = rope_tables(length, config.head_dim, config.rope_theta, tokens_BS.device)
         x_BSD, routings = x_BSD.to(self.compute_dtype), []
         for layer, block in enumerate(self.blocks):
             noise_TE = None if noise_LTE is None else noise_LTE[layer]
@@ -159,8 +162,9 @@ class Transformer(nn.Module):
         12 L D S for attention, not halved for causality. ``seq_len`` None is ``block_size``.
         """
         model = self.config
-        weights = model.n_layer * _block_weights(model, self.router_config.top_k) + model.vocab_size * model.d_model
-        return 6 * weights + 12 * model.n_layer * model.d_model * (seq_len or model.block_size)
+        in_blocks = model.n_layer * _block_weights(model, self.router_config.top_k)
+        attention = 12 * model.n_layer * model.d_model * (seq_len or model.block_size)
+        return 6 * (in_blocks + model.vocab_size * model.d_model) + attention
 
 
 def _block_weights(model: ModelConfig, n_experts: int) -> int:
@@ -179,23 +183,27 @@ def count_params(model: ModelConfig) -> int:
     return embeddings + model.n_layer * (_block_weights(model, model.n_experts) + vectors) + model.d_model
 
 
+OUTPUTS, OUTPUT_GAIN = ("o_proj", "down_proj"), 0.02
+
+
 @torch.no_grad()
 def initialise(model: Transformer, seed: int | None) -> None:
     """Fill every weight, from one CPU generator of its own. Normal with mean 0 and the std of this table:
 
-    =====================================================  =============================================
-    embedding (tied with the head), learned positions      0.2 / sqrt(D)
-    q, k, v, attention gate; gate and up of MLP, experts   0.5 / sqrt(D)
-    attention output, down of MLP and experts              0.5 / sqrt(fan-in) / sqrt(2 L)
+    =====================================================  ====================
+    embedding (tied with the head), learned positions      0.25 / sqrt(D)
+    q, k, v, attention gate; gate and up of MLP, experts   1 / sqrt(D)
+    attention output; down of MLP, experts                 0.02 / sqrt(fan-in)
     router weight                                          0.5 / sqrt(D)
     router bias                                            0
     norms                                                  1
-    =====================================================  =============================================
+    =====================================================  ====================
 
     The embedding is small because it is the head too. Its logits have a variance of D std^2, half of which
-    adds to the first cross-entropy, and a token's own logit can reach sqrt(D) |e| = D std: at D = 512, the
-    usual 0.02 starts 0.6 above ln V, and this starts within 0.1 (tested). The outputs of the 2 L branches
-    are scaled so that their sum stays of the order of one of them (Radford et al. 2019).
+    adds to the first cross-entropy, and a token's own logit is up to sqrt(D) |e| = D std: at D = 512 the
+    usual 0.02 starts 0.6 above ln V, this within 0.1. Beside so small a stream the branches must start small
+    too, or they drown the token: on the nano preset an output gain of 0.2 is 0.25 behind in cross-entropy
+    after 200 steps. Zero does as well as 0.02, and leaves the router without a gradient at the first step.
     """
     generator = torch.Generator()
     if seed is None:
@@ -203,24 +211,23 @@ def initialise(model: Transformer, seed: int | None) -> None:
     else:
         generator.manual_seed(seed)
 
-    def normal(weight: Tensor, std: float) -> None:
-        weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))
+    def normal(weight: Tensor, gain: float, fan_in: int) -> None:
+        draw = torch.empty(weight.shape, device="cpu").normal_(0.0, gain * fan_in**-0.5, generator=generator)
+        weight.copy_(draw)
 
-    depth = (2 * len(model.blocks)) ** -0.5
     for module in model.modules():
         if isinstance(module, Embedding):
-            normal(module.weight, 0.2 * module.embedding_dim**-0.5)
+            normal(module.weight, 0.25, module.embedding_dim)
         elif isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
         elif isinstance(module, Router):
-            normal(module.weight, 0.5 * module.weight.shape[1] ** -0.5)
+            normal(module.weight, 0.5, module.weight.shape[1])
             module.bias.zero_()
         elif isinstance(module, Experts):
             # [E, in, out], whose fans nn.init would read from the wrong axes.
-            for weight, scale in ((module.w_gate, 1.0), (module.w_up, 1.0), (module.w_down, depth)):
-                normal(weight, 0.5 * scale * weight.shape[1] ** -0.5)
+            for weight, gain in ((module.w_gate, 1.0), (module.w_up, 1.0), (module.w_down, OUTPUT_GAIN)):
+                normal(weight, gain, weight.shape[1])
         elif isinstance(module, Attention | MLP):
             for name, linear in module.named_children():
                 if isinstance(linear, Linear):
-                    scale = depth if name in ("o_proj", "down_proj") else 1.0
-                    normal(linear.weight, 0.5 * scale * linear.in_features**-0.5)
+                    normal(linear.weight, OUTPUT_GAIN if name in OUTPUTS else 1.0, linear.in_features)

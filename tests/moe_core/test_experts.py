@@ -63,8 +63,9 @@ def test_loop_equals_the_formula_token_by_token(E, K):
     x, routing, (w_gate, w_up, w_down) = inputs(E + K, 9, E, K, dropless=False)
     expected = torch.zeros_like(x)
     for t in range(9):
-        for e, weight, kept in zip(routing.experts_TK[t], routing.weights_TK[t], routing.kept_TK[t], strict=True):
-            if kept:
+        for k in range(K):
+            e, weight = routing.experts_TK[t, k], routing.weights_TK[t, k]
+            if routing.kept_TK[t, k]:
                 expected[t] += weight * (F.silu(x[t] @ w_gate[e]) * (x[t] @ w_up[e])) @ w_down[e]
     torch.testing.assert_close(experts_loop(x, routing, w_gate, w_up, w_down), expected)
 
@@ -75,7 +76,11 @@ def test_loop_passes_gradcheck_in_float64(dropless):
     x, routing, weights = inputs(3, 5, 3, 2, dropless=dropless, dtype=torch.float64)
     leaves = [t[..., :4].clone().requires_grad_() for t in (x, routing.weights_TK.double())]
     leaves += [w[:, :4, :4].clone().requires_grad_() for w in weights]
-    assert torch.autograd.gradcheck(lambda x, w_TK, *ws: experts_loop(x, with_weights(routing, w_TK), *ws), leaves)
+
+    def loop(x, weights_TK, *weights):
+        return experts_loop(x, with_weights(routing, weights_TK), *weights)
+
+    assert torch.autograd.gradcheck(loop, leaves)
 
 
 @pytest.mark.parametrize("function", [experts_loop, experts_grouped])
@@ -117,9 +122,9 @@ def test_bfloat16_products_come_near_the_float32_ones():
 def test_what_the_grouped_path_cannot_do_is_refused():
     """float64, widths off the 16 bytes that grouped_mm needs, and unknown implementations, each by name."""
     x, routing, weights = inputs(0, 4, 2, 1)
-    with pytest.raises(ValueError, match="float64.*'loop'"):
+    with pytest.raises(ValueError, match=r"float64.*'loop'"):
         experts_grouped(x.double(), routing, *(w.double() for w in weights))
-    with pytest.raises(ValueError, match="multiples of 4, not 14 x 24.*'loop'"):
+    with pytest.raises(ValueError, match=r"multiples of 4, not 14 x 24.*'loop'"):
         experts_grouped(x[:, :14], routing, weights[0][:, :14], weights[1][:, :14], weights[2][..., :14])
     with pytest.raises(ValueError, match=r"experts_impl = 'fast'.*'loop', 'grouped'"):
         Experts(2, 8, 8, "fast")

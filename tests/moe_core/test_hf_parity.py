@@ -88,8 +88,8 @@ def test_logits_equal_mixtral(seed, impl):
 def test_logits_equal_qwen3_next_with_full_attention(seed, impl):
     """Top-1 with its plain probability, per-head QK-norm, sigmoid gate on the attention output."""
     hf = randomise(transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(
-        **SHAPE, moe_intermediate_size=24, shared_expert_intermediate_size=8, num_experts=4, num_experts_per_tok=1,
-        norm_topk_prob=False, layer_types=["full_attention"] * 3, partial_rotary_factor=1.0,
+        **SHAPE, moe_intermediate_size=24, shared_expert_intermediate_size=8, num_experts=4,
+        num_experts_per_tok=1, norm_topk_prob=False, layer_types=["full_attention"] * 3,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 1.0})), seed)
     with torch.no_grad():
         for layer in hf.model.layers:

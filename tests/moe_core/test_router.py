@@ -33,7 +33,10 @@ def test_literal_routing_of_four_tokens_to_their_best_expert():
     assert routing.stats.entropy.item() == pytest.approx(-(probs * probs.log()).sum(-1).mean().item())
 
 
-@pytest.mark.parametrize("norm, weights", [(False, [[0.7, 0.2], [0.6, 0.3]]), (True, [[7 / 9, 2 / 9], [2 / 3, 1 / 3]])])
+@pytest.mark.parametrize("norm, weights", [
+    (False, [[0.7, 0.2], [0.6, 0.3]]),
+    (True, [[7 / 9, 2 / 9], [2 / 3, 1 / 3]]),
+])
 def test_literal_weights_of_two_picks(norm, weights):
     """K = 2: picks come best first; norm_topk_prob divides their probabilities by their sum."""
     logits = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]).log()
@@ -43,7 +46,7 @@ def test_literal_weights_of_two_picks(norm, weights):
 
 
 def test_a_full_expert_drops_later_tokens():
-    """Capacity 2 of each expert: the third token that asks for expert 0 is dropped, and stays in its demand."""
+    """Capacity 2 of each expert: the third token that asks for expert 0 is dropped, and stays in demand."""
     logits = torch.eye(2)[[0, 0, 0, 1]]
     routing = route(logits, PLAIN, top_k=1, dropless=False)
     assert routing.kept_TK.flatten().tolist() == [True, True, False, True]
@@ -62,7 +65,9 @@ def test_first_choices_get_in_before_second_choices_of_earlier_tokens():
     assert routing.stats.served_E.tolist() == [2, 2, 1]
 
 
-@pytest.mark.parametrize("T, E, K, factor", [(1, 2, 1, 1.0), (37, 5, 2, 0.7), (64, 8, 1, 1.25), (50, 3, 3, 0.3)])
+@pytest.mark.parametrize("T, E, K, factor", [
+    (1, 2, 1, 1.0), (37, 5, 2, 0.7), (64, 8, 1, 1.25), (50, 3, 3, 0.3),
+])
 def test_who_gets_in_is_a_queue_in_plain_python(generator, T, E, K, factor):
     """For random logits, each assignment is kept iff its expert still had room when its turn came."""
     logits = torch.randn(T, E, generator=generator)
@@ -82,10 +87,10 @@ def test_who_gets_in_is_a_queue_in_plain_python(generator, T, E, K, factor):
 @pytest.mark.parametrize("factor", ["0.001", "0.1", "0.7", "1.05", "1.1", "1.2", "1.25", "1.3", "2.4"])
 def test_capacity_is_the_ceiling_of_the_decimal_that_was_typed(factor):
     """An expert that everyone asks for takes ceil(factor * T / E), whatever float32 makes of the factor."""
-    for T in (10, 330, 1000, 4096):
+    for T in (1, 10, 330, 1000, 4096):
         logits = torch.tensor([1.0, 0.0]).expand(T, 2)
-        served = route(logits, controls(capacity_factor=float(factor)), top_k=1, dropless=False).stats.served_E[0]
-        assert served.item() == min(T, math.ceil(Fraction(factor) * T / 2)), T
+        routing = route(logits, controls(capacity_factor=float(factor)), top_k=1, dropless=False)
+        assert routing.stats.served_E[0].item() == min(T, math.ceil(Fraction(factor) * T / 2)), T
 
 
 @pytest.mark.parametrize("K", [1, 2])
@@ -155,8 +160,8 @@ def test_temperature_alone_never_changes_a_choice(generator):
 
 def test_normalised_weights_stay_finite_where_probabilities_underflow():
     """Noise may pick two experts whose probabilities are 0 in float32; their weights still add up to 1."""
-    routing = route(torch.tensor([[500.0, 1.0, 0.0]]), controls(noise_std=1.0), torch.tensor([[-900.0, 0, 0]]),
-                    top_k=2, norm_topk_prob=True)
+    logits, noise = torch.tensor([[500.0, 1.0, 0.0]]), torch.tensor([[-900.0, 0.0, 0.0]])
+    routing = route(logits, controls(noise_std=1.0), noise, top_k=2, norm_topk_prob=True)
     torch.testing.assert_close(routing.weights_TK, torch.tensor([[1.0, 0.0]]).softmax(-1))
 
 
@@ -197,4 +202,4 @@ def test_statistics_carry_no_gradient_and_losses_do(generator):
     """Only the weights and the two losses lead back to the logits."""
     routing = route(torch.randn(9, 4, generator=generator).requires_grad_(), PLAIN, top_k=2, dropless=False)
     assert all(not t.requires_grad for t in vars(routing.stats).values())
-    assert routing.weights_TK.requires_grad and routing.balance_loss.requires_grad and routing.z_loss.requires_grad
+    assert all(t.requires_grad for t in (routing.weights_TK, routing.balance_loss, routing.z_loss))

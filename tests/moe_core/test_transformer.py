@@ -1,6 +1,7 @@
 """The whole model: its size, its start, its losses, and that nothing but its arguments moves it."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -13,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_core.config import preset
 from moe_core.model import RouterControls, Transformer, count_params, draw_noise
 
-TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61, block_size=16)
+TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61,
+              block_size=16)
 VARIANTS = {
     "gated top-1": {},
     "top-2 GQA": dict(top_k=2, norm_topk_prob=True, n_kv_heads=2, attn_gate="none", qk_norm=False),
@@ -25,6 +27,16 @@ VARIANTS = {
 
 def build(config=TINY, seed=0, **how):
     return Transformer(config.model, config.router, seed=seed, **how)
+
+
+def lively(config=TINY, seed=0, **how):
+    """A model whose branches, which start near zero, weigh as much as the residual stream."""
+    model = build(config, seed, **how)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "o_proj" in name or "down" in name:
+                p.mul_(50)
+    return model
 
 
 def batch(config=TINY, seed=0, size=4):
@@ -43,12 +55,15 @@ def total(output):
 
 
 def gradients(model, loss):
-    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 # Size
 
-@pytest.mark.parametrize("name, expected", [("moe-203m", 202_952_528), ("dense-107m", 107_488_128), ("nano", None)])
+@pytest.mark.parametrize("name, expected", [
+    ("moe-203m", 202_952_528), ("dense-107m", 107_488_128), ("nano", None),
+])
 def test_presets_have_the_parameters_they_are_named_for(name, expected):
     """Counted on the meta device, and computed from the structure, to the last one."""
     config = preset(name)
@@ -109,7 +124,7 @@ def test_weights_come_from_the_seed_alone():
 def test_model_gives_the_same_with_either_expert_path(variant):
     """All losses, all statistics and every parameter's gradient, in training with noise."""
     config = TINY.replace(**VARIANTS[variant])
-    loop, grouped = build(config, experts_impl="loop"), build(config)
+    loop, grouped = lively(config, experts_impl="loop"), lively(config)
     controls = RouterControls.constant(1.5, 0.7, 0.8)
     a, b = (m(*batch(config), controls=controls, generator=rng()) for m in (loop, grouped))
     torch.testing.assert_close(a.losses, b.losses)
@@ -118,7 +133,7 @@ def test_model_gives_the_same_with_either_expert_path(variant):
 
 
 def test_language_model_loss_teaches_a_top1_router():
-    """At K = 1 the cross-entropy alone has a gradient on every layer's router (renormalised weights: 1e-8)."""
+    """At K = 1 the cross-entropy alone has a gradient on every router (renormalised weights: 1e-8)."""
     model, (tokens, targets) = build(), batch()
     routers = [block.mlp.router.weight for block in model.blocks]
     grads = torch.autograd.grad(model(tokens, targets).losses["ce"], routers)
@@ -126,8 +141,8 @@ def test_language_model_loss_teaches_a_top1_router():
 
 
 def test_losses_of_one_layer_do_not_hide_in_the_mean():
-    """Layers that collapse on different experts score E each, and E in the mean; pooled they would score 1."""
-    model = build()
+    """Layers that collapse on different experts score E each, and E in the mean; pooled they score 1."""
+    model = lively()
     with torch.no_grad():
         for expert, block in enumerate(model.blocks):
             block.mlp.router.bias[expert] = 50.0
@@ -135,6 +150,7 @@ def test_losses_of_one_layer_do_not_hide_in_the_mean():
     torch.testing.assert_close(output.balance_L, torch.full((3,), 4.0))
     torch.testing.assert_close(output.losses["balance"], output.balance_L.mean())
     torch.testing.assert_close(output.losses["z"], output.z_L.mean())
+    assert not output.balance_L.requires_grad and not output.z_L.requires_grad
     assert output.stats.demand_E.argmax(-1).tolist() == [0, 1, 2]
 
 
@@ -142,7 +158,7 @@ def test_dense_model_has_one_loss_and_no_statistics():
     """Without experts there is the cross-entropy alone, and no noise is drawn."""
     generator = rng()
     state = generator.get_state()
-    output = build(TINY.replace(n_experts=0))(*batch(), generator=generator)
+    output = lively(TINY.replace(n_experts=0))(*batch(), generator=generator)
     assert list(output.losses) == ["ce"]
     assert output.stats is None and output.balance_L is None and output.z_L is None
     assert torch.equal(generator.get_state(), state)
@@ -150,7 +166,7 @@ def test_dense_model_has_one_loss_and_no_statistics():
 
 def test_cross_entropy_is_that_of_the_returned_logits():
     """Logits come when asked for or when there are no targets, and are the loss's own."""
-    model, (tokens, targets) = build().eval(), batch()
+    model, (tokens, targets) = lively().eval(), batch()
     output = model(tokens, targets, return_logits=True)
     expected = -output.logits_BSV.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
     torch.testing.assert_close(output.losses["ce"], expected)
@@ -162,7 +178,7 @@ def test_cross_entropy_is_that_of_the_returned_logits():
 def test_no_token_sees_the_future(variant):
     """Changing one token changes its own logits and later ones, and none before."""
     config = TINY.replace(**VARIANTS[variant])
-    model, (tokens, _) = build(config).eval(), batch(config)
+    model, (tokens, _) = lively(config).eval(), batch(config)
     changed = tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % config.model.vocab_size
     moved = (model(tokens).logits_BSV - model(changed).logits_BSV).abs().amax(-1)
@@ -172,7 +188,7 @@ def test_no_token_sees_the_future(variant):
 
 def test_bfloat16_compute_keeps_float32_masters_losses_and_routing():
     """Activations in bfloat16 move the loss by its rounding; weights, gradients and losses stay float32."""
-    exact, model = build(), build(compute_dtype=torch.bfloat16)
+    exact, model = lively(), lively(compute_dtype=torch.bfloat16)
     output, expected = model(*batch(), return_logits=True), exact(*batch())
     assert output.logits_BSV.dtype == torch.bfloat16
     assert all(loss.dtype == torch.float32 for loss in output.losses.values())
@@ -182,15 +198,15 @@ def test_bfloat16_compute_keeps_float32_masters_losses_and_routing():
 
 def test_a_sequence_longer_than_the_block_is_refused():
     """By its length and the field that allows less."""
-    with pytest.raises(ValueError, match="17 tokens.*block_size = 16"):
-        build()(torch.zeros(1, 17, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"17 tokens.*block_size = 16"):
+        lively()(torch.zeros(1, 17, dtype=torch.int64))
 
 
 # Noise, knobs and recomputation
 
 def test_noise_is_absent_in_eval():
     """In eval even a huge noise_std moves nothing and draws nothing; in training it moves the routing."""
-    model, (tokens, targets) = build(), batch()
+    model, (tokens, targets) = lively(), batch()
     loud = RouterControls.constant(1.0, 100.0, 1.25)
     outputs = {}
     for training in (False, True):
@@ -203,9 +219,19 @@ def test_noise_is_absent_in_eval():
     assert not torch.equal(outputs[True].stats.demand_E, plain.stats.demand_E)
 
 
+def test_each_layer_has_noise_of_its_own():
+    """With logits of zero the noise alone picks, and the layers pick differently."""
+    model = lively()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.router.weight.zero_()
+    output = model(*batch(), controls=RouterControls.constant(1.0, 1.0, 1.25), generator=rng())
+    assert len({tuple(demand) for demand in output.stats.demand_E.tolist()}) == 3
+
+
 def test_a_turned_knob_leaves_later_random_numbers_where_they_were():
     """Noise is drawn whatever its scale: after a forward the generator stands in the same place."""
-    model, states = build(), []
+    model, states = lively(), []
     for noise_std in (0.0, 1.0):
         generator = rng()
         model(*batch(), controls=RouterControls.constant(1.0, noise_std, 1.25), generator=generator)
@@ -215,9 +241,9 @@ def test_a_turned_knob_leaves_later_random_numbers_where_they_were():
 
 def test_recomputed_activations_change_nothing():
     """Under activation checkpointing: the same losses, statistics (counted once) and gradients."""
-    plain, saving = build(), build()
+    plain, saving = lively(), lively()
     for block in saving.blocks:
-        block.forward = (lambda forward: lambda *args: checkpoint(forward, *args, use_reentrant=False))(block.forward)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     controls = RouterControls.constant(1.3, 0.5, 1.25)
     a, b = (m(*batch(), controls=controls, generator=rng()) for m in (plain, saving))
     grads = gradients(plain, total(a)), gradients(saving, total(b))
@@ -251,7 +277,7 @@ def test_nothing_waits_for_the_device(dropless):
     config = TINY.replace(dropless=dropless, top_k=2)
     seen = {}
     for impl in ("grouped", "loop"):
-        model = build(config, experts_impl=impl)
+        model = lively(config, experts_impl=impl)
         with _WaitsForDevice() as mode:
             total(model(*batch(config), generator=rng())).backward()
         seen[impl] = mode.seen
@@ -261,12 +287,13 @@ def test_nothing_waits_for_the_device(dropless):
 def test_turning_a_knob_recompiles_nothing():
     """One graph without breaks serves every value of every control, and gives eager's numbers."""
     config = TINY.replace(dropless=False)
-    model, (tokens, targets) = build(config, compute_dtype=torch.bfloat16), batch(config)
+    model, (tokens, targets) = lively(config, compute_dtype=torch.bfloat16), batch(config)
     noise = draw_noise("gumbel", (3, tokens.numel(), 4), rng())
     torch._dynamo.reset()
     compiled = torch.compile(model.compute, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for controls in (RouterControls.constant(*c) for c in ((1.0, 0.0, 1.25), (1.3, 0.5, 1.0), (0.7, 2.0, 0.4))):
+        for values in ((1.0, 0.0, 1.25), (1.3, 0.5, 1.0), (0.7, 2.0, 0.4)):
+            controls = RouterControls.constant(*values)
             output = compiled(tokens, targets, controls, noise)
             total(output).backward()
             torch.testing.assert_close(output.losses, model.compute(tokens, targets, controls, noise).losses)
