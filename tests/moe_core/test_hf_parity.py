@@ -6,11 +6,10 @@ small matrices, would agree to 1e-5 whatever they compute.
 
 import pytest
 import torch
+import transformers
 
 from moe_core.config import RunConfig
 from moe_core.model import Transformer
-
-transformers = pytest.importorskip("transformers")
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True)
