@@ -181,6 +181,8 @@ class RunConfig(_Checked):
     seed: int = _field(1337, ge=0)
     eval_interval: int = _field(200, ge=0)  # steps between validations; 0: never
     eval_iters: int = _field(50, ge=1)  # batches a validation
+    save_interval: int = _field(0, ge=0)  # steps between checkpoints; 0: only when training rests
+    keep_checkpoints: int = _field(3, ge=1)  # how many of those are kept, beside the last, the best and the named
     experts_impl: str = _field("grouped", choices=("grouped", "loop"))
 
     def _check(self):

@@ -9,7 +9,7 @@ recompiles nothing and waits for no device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -130,6 +130,17 @@ class Knobs(dict[str, Knob]):
         for name, value in values.items():
             self.tensors[name].fill_(value)  # a launch with a host scalar: nothing waits for the device
         return values
+
+    def turn(self, turn: Mapping, step: int) -> None:
+        """Carry out a turn as its event says it: name, mode, and value and over where the mode has them."""
+        self[turn["name"]].turn(turn["mode"], turn.get("value"), turn.get("over"), step)
+
+    def replay(self, turns: Iterable[tuple[int, Mapping]]) -> None:
+        """Every knob as (step, turn) after (step, turn) leave it, from its schedule on."""
+        for knob in self.values():
+            knob.setting = Setting()
+        for step, turn in turns:
+            self.turn(turn, step)
 
     def state_dict(self) -> dict[str, dict]:
         return {name: asdict(knob.setting) for name, knob in self.items()}

@@ -6,6 +6,7 @@ so that a cell's ``run.step(20)`` and a panel's buttons drive the same thing.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import traceback
@@ -13,12 +14,14 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_core import checkpoint, frames
 from moe_core.config import RunConfig
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.handle import KnobHandle, KnobHandles
+from moe_core.history import History
 from moe_core.knobs import Knobs
 from moe_core.session import Command, Progress, Session
-from moe_core.store import RunStore, StoreError
+from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.trainer import NonFiniteError, StepRecord, Trainer, resolve_device
 
 _open_runs: weakref.WeakValueDictionary[Path, Run] = weakref.WeakValueDictionary()
@@ -40,11 +43,9 @@ class Run:
         self.path, self.store, self.config = Path(store.path), store, config
         self._trainer = trainer
         self._knobs = trainer.knobs if trainer else Knobs(config, resolve_device(config))
-        self._branch = store.branches()[0]
-        self._step = store.last_step(self._branch.id)
-        for event in store.read_events(self._branch.id):
-            if event["kind"] == "knob":
-                self._turn(event["payload"], event["step"])
+        self.history = History(store, config.save_interval, config.keep_checkpoints)
+        self._stand_on(store.get_meta("branch", MAIN))
+        self._unsaved_s, self._save_s = 0.0, 0.0
         self.session: Session | None = None
         Session(self)  # takes its place as self.session
         _open_runs[self.path.resolve()] = self
@@ -71,8 +72,10 @@ class Run:
         return cls(store, RunConfig.from_dict(store.config))
 
     def close(self) -> None:
-        """Stop training at the next step boundary and let the run's directory go."""
+        """Stop training at the next step boundary, save, and let the run's directory go."""
         self.session.close()
+        if self._trainer is not None and self._unsaved_s:
+            self._save()
         self.store.close()
         _open_runs.pop(self.path.resolve(), None)
 
@@ -114,17 +117,150 @@ class Run:
         """State, step, and how far the present chunk is."""
         return self.session.progress()
 
+    def begin_chunk(self) -> None:
+        """Make ready to train, and remember where the chunk starts. For the session's thread."""
+        if self._trainer is None:
+            self.resume()
+        self.history.snapshot(self._branch.id, self._trainer)
+
     def advance(self) -> StepRecord:
         """One optimizer step, on disk when this returns. For the session's thread; users call :meth:`step`."""
-        if self._trainer is None:
-            if self._step:
-                raise StoreError(
-                    f"{self.path}: holds {self._step} steps but no weights to go on from; it can be read, not trained")
-            self._trainer = _build(self.config, self._knobs, print)
+        started = time.perf_counter()
         record = self._trainer.step()
         self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
         self._step = record.step
+        every, val = self.config.save_interval, record.metrics.get("val/loss", math.nan)
+        self._unsaved_s += time.perf_counter() - started
+        if self.history.is_best(self._branch.id, record.step, val) or (every and record.step % every == 0):
+            self._save()
         return record
+
+    def end_chunk(self) -> None:
+        """Save where training rests, unless that costs much beside what it would save. For the session."""
+        if self._unsaved_s > 10 * self._save_s:
+            self._save()
+
+    # ---- going back --------------------------------------------------------------------------------------
+
+    def checkpoint(self, name: str) -> None:
+        """Save the whole state under a name; it is never pruned. While training: at the next step boundary."""
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"name = {name!r}: a named checkpoint needs a name")
+        self.session.post(Command("checkpoint", {"name": name}))
+
+    def resume(self) -> None:
+        """Make ready to train from the newest saved state of the current branch; training does it by itself.
+
+        Steps beyond that state stay on their branch; they are trained again on a new one, and this says so.
+        """
+        trainer = self.history.restore(self._branch.id, self._step, self._build, print)
+        at, last = trainer.steps_done, self._step
+        if at < last:
+            old = self.branch
+            self._open_branch(self._branch.id, at, None)
+            print(f"{self.path}: saved up to step {at}; steps {at + 1} to {last} stay on branch {old!r} and are "
+                  f"trained again on {self.branch!r}")
+        self._knobs.replay(self.history.turns(self._branch.id))
+        self._trainer = trainer
+
+    def rewind(self, step: int, name: str | None = None) -> None:
+        """Go back to the state after ``step`` of the current line, exactly, and open a new branch there.
+
+        The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
+        """
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self._step:
+            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+        if name is not None and name in set(self.branches()["name"]):
+            raise ValueError(f"name = {name!r}: there is a branch of that name already")
+
+        def go():
+            line = self._branch.id
+            self._reach(line, step)
+            self._open_branch(line, step, name)
+        self.session.move(go)
+        self.session.wait()
+
+    def undo(self) -> None:
+        """Back to where the last chunk started, on a new branch; at once, from a snapshot in memory."""
+        step = self.history.snapshot_before(self._branch.id, self._step)
+        if step is None:
+            raise ValueError("undo: no chunk was trained here since this run was opened; use rewind(step)")
+        self.rewind(step)
+
+    def switch(self, branch: str) -> None:
+        """Go to the end of another branch and make it the current one."""
+        target = self._branch_id(branch)
+
+        def go():
+            self._reach(target, self.store.last_step(target))
+            self._stand_on(target)
+        self.session.move(go)
+        self.session.wait()
+
+    def fork(self, path: str | os.PathLike, step: int | None = None) -> Run:
+        """The state after ``step`` (None: now) as a run of its own in ``path``, with the history up to there.
+
+        It remembers its parent: ``child.store.get_meta("parent")``.
+        """
+        step = self._step if step is None else step
+        if not isinstance(step, int) or not 0 <= step <= self._step:
+            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+        RunStore.refuse_existing(path)
+
+        def go():
+            line, tip = self._branch.id, self._step
+            self._reach(line, step)
+            try:
+                self.history.copy_line(line, path, self._trainer, str(self.path.resolve()))
+            finally:
+                self._reach(line, tip)
+                self._knobs.replay(self.history.turns(line))
+        self.session.move(go)
+        self.session.wait()
+        return Run.open(path)
+
+    def _reach(self, line: int, step: int) -> None:
+        """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand."""
+        if self._trainer is not None:
+            self.end_chunk()
+            self.history.snapshot(self._branch.id, self._trainer)
+        self._trainer = None  # until it is whole again
+        trainer = self.history.restore(line, step, self._build, print)
+        off = self.history.retrace(line, trainer, step)
+        if off:
+            self.store.log_event(self._branch.id, self._step, "alert", {
+                "text": f"going back to step {step} did not repeat: {off}"})
+        self._trainer = trainer
+
+    def _open_branch(self, line: int, step: int, name: str | None) -> None:
+        owner = self.history.owner(line, step)
+        taken = {b.name for b in self.store.branches()}
+        names = (f"from-{step}" if n == 1 else f"from-{step}-{n}" for n in range(1, len(taken) + 2))
+        self._stand_on(self.store.add_branch(name or next(n for n in names if n not in taken), owner, step))
+        self.store.log_event(self._branch.id, step, "branch", {
+            "text": f"branch {self.branch} from step {step}"})
+
+    def _stand_on(self, branch: int) -> None:
+        self._branch = next(b for b in self.store.branches() if b.id == branch)
+        self._step = self.store.last_step(branch)
+        self._knobs.replay(self.history.turns(branch))
+        self._unsaved_s = 0.0
+        self.store.set_meta("branch", branch)
+
+    def _save(self, name: str | None = None) -> None:
+        started = time.perf_counter()
+        try:
+            saved = self.history.save(self._branch.id, self._trainer, name)
+        except checkpoint.CheckpointError as error:
+            # A full disk must not stop a night of training: the run goes on, and says so.
+            self.store.log_event(self._branch.id, self._step, "alert", {"text": str(error)})
+            return
+        self._save_s, self._unsaved_s = time.perf_counter() - started, 0.0
+        if name is not None:
+            self.store.log_event(self._branch.id, self._step, "checkpoint", {"name": name, "path": saved.path})
+
+    def _build(self) -> Trainer:
+        return _build(self.config, self._knobs, print)
 
     # ---- will --------------------------------------------------------------------------------------------
 
@@ -143,15 +279,16 @@ class Run:
 
     def apply(self, command: Command) -> None:
         """Carry out a command at a step boundary and write it down. For the session."""
+        if command.kind == "checkpoint":
+            if self._trainer is None:
+                self.resume()
+            return self._save(command.payload["name"])
         payload = dict(command.payload)
         step = payload.pop("at", self._step)
         if command.kind == "knob":
             step = self._step + 1  # the first step that it can act on
-            self._turn(payload, step)
+            self._knobs.turn(payload, step)
         self.store.log_event(self._branch.id, step, command.kind, payload, asked=command.asked)
-
-    def _turn(self, payload: dict, step: int) -> None:
-        self._knobs[payload["name"]].turn(payload["mode"], payload.get("value"), payload.get("over"), step)
 
     def record_error(self, error: BaseException) -> None:
         """Write down what stopped training. For the session."""
@@ -163,40 +300,22 @@ class Run:
 
     def metrics(self, branch: str | None = None, since: int = 0, per_layer: bool = False):
         """DataFrame of every metric, index ``step``, of the steps after ``since``; NaN where a step has none."""
-        import pandas as pd
-
-        steps = self.store.read_steps(self._branch_id(branch), since)
-        frame = pd.DataFrame(steps.values, columns=steps.names, index=pd.Index(steps.steps, name="step"))
-        return frame if per_layer else frame[[name for name in frame if "/layer_" not in name]]
+        return frames.metrics(self.store, self._branch_id(branch), since, per_layer)
 
     def experts(self, branch: str | None = None, since: int = 0):
         """DataFrame: step, layer, expert, demand, served (shares of the layer's assignments)."""
-        import numpy as np
-        import pandas as pd
-
-        steps = self.store.read_steps(self._branch_id(branch), since)
-        n, _, n_layer, n_experts = steps.shares.shape
-        demand, served = (steps.shares[:, kind].reshape(-1) for kind in (0, 1))
-        return pd.DataFrame({
-            "step": np.repeat(steps.steps, n_layer * n_experts),
-            "layer": np.tile(np.repeat(np.arange(n_layer), n_experts), n),
-            "expert": np.tile(np.arange(n_experts), n * n_layer),
-            "demand": demand, "served": served})
+        return frames.experts(self.store, self._branch_id(branch), since)
 
     def events(self, branch: str | None = None):
-        """DataFrame, oldest first: step, kind, asked, applied, branch, then what each kind says (name, value, text).
+        """DataFrame by step: step, kind, asked, applied, branch, then what each kind says (name, value, text).
 
         A knob's step is the first that it acted on.
         """
-        import pandas as pd
+        return frames.events(self.store, self._branch_id(branch))
 
-        rows = [{**event, **event.pop("payload")} for event in self.store.read_events(self._branch_id(branch))]
-        frame = pd.DataFrame(rows, columns=list(dict.fromkeys(
-            ["step", "kind", "asked", "applied", "branch", "name", "mode", "value", "over", "text"]
-            + [key for row in rows for key in row])))
-        for column in ("asked", "applied"):
-            frame[column] = pd.to_datetime(frame[column], unit="s", utc=True)
-        return frame
+    def branches(self):
+        """DataFrame: name, parent, fork_step, last_step, created, current."""
+        return frames.branches(self.store, self._branch.id)
 
     def _branch_id(self, name: str | None) -> int:
         if name is None:

@@ -12,11 +12,12 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from moe_core.trainer import NonFiniteError
 
-BUSY = ("training", "pausing")
+BUSY = ("training", "pausing", "moving")  # moving: to another step or branch
 _alive: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
@@ -40,7 +41,7 @@ class Command:
 class Progress:
     """Where a run stands. ``tok_s`` and ``seconds_left`` are of the present chunk; None before its first step."""
 
-    state: str  # idle, training, pausing, paused or failed
+    state: str  # idle, training, pausing, paused, moving or failed
     step: int
     chunk_done: int
     chunk_total: int
@@ -69,7 +70,7 @@ class Session:
 
     @property
     def state(self) -> str:
-        """"idle", "training", "pausing", "paused" or "failed"."""
+        """"idle", "training", "pausing", "paused", "moving" (to another step or branch) or "failed"."""
         return self._state
 
     def start(self, n: int) -> None:
@@ -77,17 +78,32 @@ class Session:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
         with self._changed:
-            if self._closed:
-                raise RuntimeError("this session is closed; use run.session, the one that took its place")
+            self._changed.wait_for(lambda: self._state != "moving")
             if self._state in BUSY:
                 self._total += n
                 self._state = "training"
             else:
-                self._done, self._total, self._error, self._state = 0, n, None, "training"
-                self._clock = time.perf_counter()
-                self._thread = threading.Thread(target=self._work, name="moe-training", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+                self._done, self._total = 0, n
+                self._launch("training", self._train)
+
+    def move(self, go: Callable[[], None]) -> None:
+        """Have the session's thread call ``go`` while nothing trains; pauses first. Returns at once.
+
+        For what takes the run to another step or branch. :meth:`wait` waits for it and raises what it raised.
+        """
+        self.pause()
+        with self._changed:
+            self._changed.wait_for(lambda: self._state not in BUSY)
+            self._done = self._total = 0
+            self._launch("moving", lambda: (go(), self._rest("idle")))
+
+    def _launch(self, state: str, work: Callable[[], None]) -> None:
+        if self._closed:
+            raise RuntimeError("this session is closed; use run.session, the one that took its place")
+        self._error, self._state, self._clock = None, state, time.perf_counter()
+        self._thread = threading.Thread(target=self._work, args=(work,), name="moe-training", daemon=True)
+        self._thread.start()
+        self._changed.notify_all()
 
     def pause(self) -> None:
         """Stop at the next step boundary; what is left of the chunk is dropped. Returns at once."""
@@ -139,38 +155,44 @@ class Session:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _work(self) -> None:
+    def _work(self, work: Callable[[], None]) -> None:
         try:
+            work()
+        except BaseException as error:  # whatever it is, it must reach the person and not die with the thread
+            try:
+                self._run.record_error(error)
+            except Exception as second:
+                error.add_note(f"and it could not be written to the run's events: {second}")
+            # A run that turned non-finite is whole: the bad step was not applied, and it can go on.
+            self._rest("paused" if isinstance(error, NonFiniteError) else "failed", error)
+
+    def _train(self) -> None:
+        self._run.begin_chunk()
+        while True:
             while self._boundary():
                 self._run.advance()
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
-        except BaseException as error:  # whatever it is, it must reach the person and not die with the thread
-            self._fail(error)
+            self._run.end_chunk()
+            with self._changed:  # more may have been asked for meanwhile
+                if self._state == "pausing" or self._done == self._total:
+                    return self._rest("paused" if self._done < self._total else "idle")
 
     def _boundary(self) -> bool:
         """Apply what was posted; True if one more step is wanted."""
         with self._changed:
             self._drain()
-            if self._state == "training" and self._done < self._total:
-                return True
-            self._state = "paused" if self._done < self._total else "idle"
+            return self._state == "training" and self._done < self._total
+
+    def _rest(self, state: str, error: BaseException | None = None) -> None:
+        with self._changed:
+            self._state, self._error = state, error
             self._changed.notify_all()
-            return False
+            if error is None:
+                self._drain()  # what was posted since the last boundary
 
     def _drain(self) -> None:
         while self._queue:
             self._run.apply(self._queue[0])
             self._queue.popleft()  # after it is on disk, so that a failed write loses no wish
-
-    def _fail(self, error: BaseException) -> None:
-        try:
-            self._run.record_error(error)
-        except Exception as second:
-            error.add_note(f"and it could not be written to the run's events: {second}")
-        with self._changed:
-            self._error = error
-            # A run that turned non-finite is whole: the bad step was not applied, and it can go on.
-            self._state = "paused" if isinstance(error, NonFiniteError) else "failed"
-            self._changed.notify_all()

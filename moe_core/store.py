@@ -46,6 +46,18 @@ class Branch:
     created: float  # seconds since 1970
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of a branch after ``step``; ``name`` None: saved by rule, not by a person. ``path``: in the run."""
+
+    id: int
+    branch: int
+    step: int
+    name: str | None
+    path: str
+    created: float
+
+
 class _Layout(NamedTuple):
     id: int
     floats: struct.Struct
@@ -193,6 +205,15 @@ class RunStore:
         self._forks[branch] = index(fork_step)
         return branch
 
+    def add_checkpoint(self, branch_id: int, step: int, name: str | None, path: str) -> int:
+        """Enter a state that was saved under ``path`` (relative to the run); returns its id."""
+        return self._insert("INSERT INTO checkpoints(branch, step, name, path, created) VALUES (?, ?, ?, ?, ?)",
+                            (branch_id, index(step), name, path, clock.time()))
+
+    def drop_checkpoint(self, checkpoint_id: int) -> None:
+        """Take a checkpoint off the list; its file is the caller's."""
+        self._insert("DELETE FROM checkpoints WHERE id = ?", (checkpoint_id,))
+
     def set_meta(self, key: str, value: Any) -> None:
         """Keep a JSON value under ``key``, in place of what was there."""
         self._insert("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
@@ -246,6 +267,17 @@ class RunStore:
         with self._reader() as db:
             return [Branch(*row) for row in
                     db.execute("SELECT id, name, parent, fork_step, created FROM branches ORDER BY id")]
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint of every branch, oldest first."""
+        with self._reader() as db:
+            return [Checkpoint(*row) for row in
+                    db.execute("SELECT id, branch, step, name, path, created FROM checkpoints ORDER BY id")]
+
+    def lineage(self, branch_id: int) -> list[tuple[int, int]]:
+        """(branch id, last step that it lends) of a branch and its ancestors, the branch itself first."""
+        with self._reader() as db:
+            return [(ancestor, upto) for _, ancestor, upto in db.execute(lineage_sql("WHERE id = ?"), (branch_id,))]
 
     def last_step(self, branch_id: int = MAIN) -> int:
         """The newest step that the branch shows, its parent's included; 0 when there is none."""

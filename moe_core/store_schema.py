@@ -13,7 +13,7 @@ Tables
     events       id, branch, step, kind, asked, applied, payload
                                        payload is JSON; a knob's step is the first row that used its new value
     checkpoints  id, branch, step, name, path, created
-                                       saved states, path relative to the run; empty until a run saves some
+                                       saved states, path relative to the run; name NULL: saved by rule
 Views
     points       branch, step, name, value                     the metrics, a row for each number
     experts      branch, step, layer, expert, demand, served   the shares, a row for each expert

@@ -64,8 +64,11 @@ class Trainer:
         self.steps_done = 0
         self.clipped = 0
 
-    def step(self) -> StepRecord:
-        """Do one optimizer step. On an exception the weights and the next batch are as before it."""
+    def step(self, validate: bool = True) -> StepRecord:
+        """Do one optimizer step; ``validate`` False leaves out a validation that is due.
+
+        On an exception the weights and the next batch are as before it.
+        """
         started = time.perf_counter()
         cursor, noise = self.train.state_dict(), self.noise.get_state()
         try:
@@ -83,7 +86,7 @@ class Trainer:
         metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
         if every := self.config.eval_interval:
             # NaN where it was not measured, so that every row has the same names.
-            metrics["val/loss"] = self.evaluate() if number % every == 0 else math.nan
+            metrics["val/loss"] = self.evaluate() if validate and number % every == 0 else math.nan
             metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
         return StepRecord(number, metrics, reading.shares)
 
@@ -144,6 +147,22 @@ class Trainer:
             window = window.to(self.device, non_blocking=True)
             total += self.model(window[:, :-1], window[:, 1:], controls=self._controls()).losses["ce"]
         return float(total) / len(self.validation)
+
+    def state_dict(self) -> dict:
+        """All that the steps to come depend on: tensors, numbers and text, nested. It shares memory."""
+        return {
+            "steps_done": self.steps_done, "clipped": self.clipped, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "knobs": self.knobs.state_dict(),
+            "noise": self.noise.get_state(), "train": self.train.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Become what :meth:`state_dict` was taken of: the same steps follow."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.knobs.load_state_dict(state["knobs"])
+        self.noise.set_state(state["noise"].cpu())
+        self.train.load_state_dict(state["train"])
+        self.steps_done, self.clipped = state["steps_done"], state["clipped"]
 
 
 def _refuse_nonfinite(number: int, metrics: dict[str, float]) -> None:

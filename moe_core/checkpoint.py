@@ -1,0 +1,117 @@
+"""A whole state in one file: tensors as safetensors, the rest as JSON in the same file's header. No pickle.
+
+A state is what ``state_dict()`` gives: dicts, lists, numbers, text and tensors, nested. It is written to a
+temporary file, synced and renamed, so a crash or a full disk leaves the checkpoint before it as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1  # of the header; a file of a greater one is refused
+SUFFIX = ".safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: one line, with its path and why."""
+
+
+def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) -> int:
+    """Write ``state`` to ``path``, whole or not at all; returns its bytes.
+
+    ``about`` is JSON to be read without the tensors (:func:`about`). Raises CheckpointError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    header = {"format": str(FORMAT), "about": json.dumps(about), "state": json.dumps(_encode(state, tensors))}
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, draft, metadata=header)
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        size = draft.stat().st_size
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+        return size
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not saved, the one before is as it was: {_reason(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The state in ``path``, its tensors on ``device``. Raises CheckpointError where it is not whole."""
+    header, tensors = _read(path, device)
+    return _decode(json.loads(header["state"]), tensors)
+
+
+def about(path: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`save` was told about the state, without reading a tensor. Raises CheckpointError."""
+    return json.loads(_read(path, None)[0]["about"])
+
+
+def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
+            header = file.metadata() or {}
+            if "state" not in header or not header.get("format", "").isdigit():
+                raise CheckpointError(f"{path}: is not a checkpoint of a run")
+            if int(header["format"]) > FORMAT:
+                raise CheckpointError(f"{path}: was written by a newer version (format {header['format']}, this one "
+                                      f"knows up to {FORMAT}); update to load it")
+            return header, {key: file.get_tensor(key) for key in file.keys()} if device is not None else {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read, it is cut short or is no checkpoint: {_reason(error)}") from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON for ``value``; each tensor moves to ``tensors`` and leaves its name. Keys need not be text."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": [[key, _encode(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encode(item, tensors) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a state holds no {type(value).__name__}: it would need pickle")
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _decode(item, tensors) for key, item in value["items"]}
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself last through a power cut, where the system can open a folder."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]

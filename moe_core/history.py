@@ -1,0 +1,192 @@
+"""Where a run can go back to: checkpoints on disk, kept by rule, and snapshots of this process, bounded.
+
+A line of history is a branch with what it inherited. From the nearest state at or before a step, the
+trainer is moved to exactly that step by taking the steps between again, with the knobs that they had.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_core import checkpoint
+from moe_core.store import MAIN, Checkpoint, RunStore
+from moe_core.trainer import Trainer
+
+SNAPSHOT_BYTES = 1 << 30  # of host memory for all snapshots; the newest is kept whatever its size
+FOLDER = "checkpoints"
+GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a GPU have no fixed order
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in host memory of the trainer after ``step`` on a branch."""
+
+    branch: int
+    step: int
+    state: dict[str, Any]
+    bytes: int
+
+
+class History:
+    """The states that a run can return to, and the way there."""
+
+    def __init__(self, store: RunStore, save_interval: int, keep: int):
+        """``save_interval``: steps between kept checkpoints (0: none); ``keep``: how many of those a branch keeps."""
+        self.store, self.save_interval, self.keep = store, save_interval, keep
+        self._snapshots: list[Snapshot] = []  # oldest first
+        self._best: dict[int, tuple[int, float]] = {}
+
+    # ---- saving ------------------------------------------------------------------------------------------
+
+    def snapshot(self, branch: int, trainer: Trainer) -> None:
+        """Remember the trainer's state as the newest snapshot; the oldest go where memory is short."""
+        state = _copied(trainer.state_dict())
+        self._snapshots = [s for s in self._snapshots if (s.branch, s.step) != (branch, trainer.steps_done)]
+        self._snapshots.append(Snapshot(branch, trainer.steps_done, state, _bytes(state)))
+        while len(self._snapshots) > 1 and sum(s.bytes for s in self._snapshots) > SNAPSHOT_BYTES:
+            del self._snapshots[0]
+
+    def save(self, branch: int, trainer: Trainer, name: str | None = None) -> Checkpoint:
+        """Write a checkpoint and drop those that no rule keeps any longer. Raises CheckpointError.
+
+        A named one is never dropped. Its file is entered in the store after it is whole.
+        """
+        step = trainer.steps_done
+        known = [c for c in self.store.checkpoints() if (c.branch, c.step, c.name) == (branch, step, name)]
+        if known:
+            return known[-1]  # the state after a step of a branch never changes
+        label = "" if name is None else "-" + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "named")
+        taken = {c.path for c in self.store.checkpoints()}
+        path = next(p for n in range(1, len(taken) + 2)
+                    if (p := f"{FOLDER}/{branch}-{step:08d}{label}{'' if n == 1 else f'-{n}'}{checkpoint.SUFFIX}")
+                    not in taken)
+        checkpoint.save(self.store.path / path, trainer.state_dict(), {
+            "branch": branch, "step": step, "name": name, "config": self.store.config,
+            "torch": torch.__version__, "saved": time.time()})
+        made = self.store.add_checkpoint(branch, step, name, path)
+        self._prune(branch)
+        return next(c for c in self.store.checkpoints() if c.id == made)
+
+    def _prune(self, branch: int) -> None:
+        """Of a branch's unnamed checkpoints keep the last, the best by val/loss, and the newest by interval."""
+        by_rule = [c for c in self.store.checkpoints() if c.branch == branch and c.name is None]
+        kept = {max(by_rule, key=lambda c: c.step).id} if by_rule else set()
+        kept |= {c.id for c in by_rule if c.step == self._best_of(branch)[0]}
+        if self.save_interval:
+            regular = sorted((c for c in by_rule if c.step % self.save_interval == 0), key=lambda c: c.step)
+            kept |= {c.id for c in regular[-self.keep:]}
+        for c in by_rule:
+            if c.id not in kept:
+                self.store.drop_checkpoint(c.id)  # first, so that no entry is ever without its file
+                (self.store.path / c.path).unlink(missing_ok=True)
+
+    def is_best(self, branch: int, step: int, val_loss: float) -> bool:
+        """Whether this validation of ``step`` is the lowest that the branch shows; it counts from now on."""
+        best = self._best_of(branch)
+        if math.isnan(val_loss) or (best[0] != step and val_loss >= best[1]):
+            return False
+        self._best[branch] = (step, val_loss)
+        return True
+
+    def _best_of(self, branch: int) -> tuple[int, float]:
+        """(step, val/loss) of the best validation of a branch; (0, inf) before the first."""
+        if branch not in self._best:
+            rows = self.store.read_steps(branch, shares=False)
+            losses = np.where(np.isnan(rows.column("val/loss")), np.inf, rows.column("val/loss"))
+            at = int(losses.argmin()) if len(losses) else -1
+            self._best[branch] = (int(rows.steps[at]), float(losses[at])) if len(losses) else (0, math.inf)
+        return self._best[branch]
+
+    # ---- going back --------------------------------------------------------------------------------------
+
+    def states(self, branch: int, step: int) -> list[Snapshot | Checkpoint]:
+        """What the branch's line has at or before ``step``, newest first, snapshots before files."""
+        upto = dict(self.store.lineage(branch))
+        at_hand = [s for s in [*self._snapshots, *self.store.checkpoints()]
+                   if s.branch in upto and s.step <= min(step, upto[s.branch])]
+        return sorted(at_hand, key=lambda s: -s.step)
+
+    def snapshot_before(self, branch: int, step: int) -> int | None:
+        """The step of the newest snapshot before ``step`` on the branch's line."""
+        return next((s.step for s in self.states(branch, step - 1) if isinstance(s, Snapshot)), None)
+
+    def restore(self, branch: int, step: int, build: Callable[[], Trainer], say: Callable[[str], None]) -> Trainer:
+        """A trainer from ``build`` in the newest state at or before ``step`` that is whole; the start if there is none.
+
+        ``say`` hears of every checkpoint that cannot be read.
+        """
+        trainer = build()
+        for found in self.states(branch, step):
+            try:
+                trainer.load_state_dict(found.state if isinstance(found, Snapshot)
+                                        else checkpoint.load(self.store.path / found.path, trainer.device))
+                return trainer
+            except checkpoint.CheckpointError as error:
+                say(f"{error}; going back further")
+        return trainer
+
+    def owner(self, branch: int, step: int) -> int:
+        """The branch on this branch's line whose own row ``step`` is; the oldest for step 0."""
+        starts = {b.id: b.fork_step or 0 for b in self.store.branches()}
+        return next((b for b, _ in self.store.lineage(branch) if starts[b] < step), MAIN)
+
+    def turns(self, branch: int) -> list[tuple[int, dict]]:
+        """(first step it acted on, what it said) of every knob turn that the branch shows, in order."""
+        return [(e["step"], e["payload"]) for e in self.store.read_events(branch) if e["kind"] == "knob"]
+
+    def retrace(self, line: int, trainer: Trainer, upto: int) -> str:
+        """Take the steps of a line up to ``upto`` again, each with the knobs it had.
+
+        Returns "" when every cross-entropy came out as its row has it (on a CPU: to the bit), else what did not.
+        """
+        turns, rows = self.turns(line), self.store.read_steps(line, trainer.steps_done, shares=False)
+        stored = dict(zip(rows.steps.tolist(), rows.column("train/ce").tolist(), strict=True))
+        close = 0.0 if trainer.device.type == "cpu" else GPU_TOLERANCE
+        off = ""
+        while trainer.steps_done < upto:
+            number = trainer.steps_done + 1
+            trainer.knobs.replay((step, turn) for step, turn in turns if step <= number)
+            again = float(np.float32(trainer.step(validate=False).metrics["train/ce"]))
+            if not off and abs(again - stored[number]) > close:
+                off = f"train/ce of step {number} is {again:.6f} and was {stored[number]:.6f}"
+        trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)
+        return off
+
+    def copy_line(self, line: int, path: str | os.PathLike, trainer: Trainer, parent: str) -> None:
+        """A new run in ``path``: this line's rows and events up to the trainer's step, and its state."""
+        step = trainer.steps_done
+        with RunStore.create(path, self.store.config) as child:
+            child.set_meta("parent", {"path": parent, "branch": line, "step": step})
+            rows = self.store.read_steps(line)
+            for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
+                child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),
+                               dict(zip(rows.names, rows.values[i].tolist(), strict=True)), rows.shares[i])
+            for event in self.store.read_events(line):
+                if event["step"] <= step and event["kind"] != "checkpoint":
+                    child.log_event(MAIN, event["step"], event["kind"], event["payload"], asked=event["asked"])
+            History(child, self.save_interval, self.keep).save(MAIN, trainer)
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy with every tensor in host memory."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_bytes, items))

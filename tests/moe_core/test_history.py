@@ -1,0 +1,213 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import moe_core as mc
+from moe_core import checkpoint
+
+VARIANTS = {
+    "dropless": {},
+    "capacity": dict(dropless=False, capacity_factor=0.8),
+    "top2 accumulated": dict(top_k=2, norm_topk_prob=True, gradient_accumulation_steps=3),
+    "dense": dict(n_experts=0),
+}
+
+
+def rows(run, branch=None):
+    """Every number of every row but the speed."""
+    return run.metrics(branch, per_layer=True).drop(columns="perf/tok_s")
+
+
+def turn(run):
+    """A hold and a ramp, so that what follows depends on the knobs too."""
+    run.knobs["lr_scale"].ramp(to=0.5, over=6)
+    if "router_temp" in run.knobs:
+        run.knobs["router_temp"].hold(1.9)
+
+
+GO_ON = """
+    import sys
+    import moe_core as mc
+    run = mc.Run.open(sys.argv[1])
+    run.step(6)
+    run.close()
+"""
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_saved_and_gone_on_in_a_new_process_is_never_having_stopped(tiny_run, changes):
+    """2n steps == n, save, a new process, n: every metric of every layer, every share, to the bit, in mid-ramp."""
+    whole, halves = tiny_run("whole", **changes), tiny_run("halves", **changes)
+    for run in (whole, halves):
+        run.step(4)
+        turn(run)
+        run.step(2)
+    whole.step(6)
+    halves.close()
+    subprocess.run([sys.executable, "-c", textwrap.dedent(GO_ON), halves.path], check=True,
+                   env=os.environ, capture_output=True)
+    again = mc.Run.open(halves.path)
+    assert again.branch == "main"
+    assert rows(again).equals(rows(whole)) and again.experts().equals(whole.experts())
+    again.close()
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_rewound_and_trained_again_is_the_same_line(tiny_run, changes):
+    """A branch from step 5, given the same turns, has main's numbers to the bit; main keeps its own."""
+    run = tiny_run(**changes)
+    run.step(3)
+    run.step(4)
+    turn(run)
+    run.step(5)
+    main = rows(run)
+    run.rewind(5)
+    assert (run.branch, run.current_step) == ("from-5", 5)
+    assert run.knobs["lr_scale"].mode == "follow"  # it was turned after step 7
+    run.step(2)
+    turn(run)
+    run.step(5)
+    assert rows(run).equals(main) and rows(run, "main").equals(main)
+    assert list(run.branches()["fork_step"].fillna(-1)) == [-1, 5]
+
+
+def test_the_other_choice_differs_from_its_own_step_on(tiny_run):
+    """After a rewind, another knob value gives other numbers, from the first step that it acts on."""
+    run = tiny_run()
+    run.step(8)
+    run.rewind(4, name="hot")
+    run.knobs["router_temp"].hold(3.0)
+    run.step(4)
+    main, hot = rows(run, "main")["train/loss"], rows(run, "hot")["train/loss"]
+    assert (main[:4] == hot[:4]).all() and (main[4:] != hot[4:]).all()
+    assert list(run.events("main")["kind"]) == []
+    run.switch("main")
+    assert run.knobs["router_temp"].mode == "follow"
+    run.step(1)
+    assert (run.branch, run.current_step) == ("main", 9)
+    with pytest.raises(ValueError, match="name = 'hot': there is a branch of that name already"):
+        run.rewind(2, name="hot")
+    with pytest.raises(ValueError, match="step = 10: must be a step of this line, 0 to 9"):
+        run.rewind(10)
+
+
+def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run):
+    run = tiny_run()
+    run.step(3)
+    run.step(4)
+    run.step(2)
+    taken = []
+    step = run._trainer.step
+    run._trainer.step = lambda *a, **k: taken.append(1) or step(*a, **k)
+    for expected in (7, 3, 0):
+        run.undo()
+        assert run.current_step == expected
+    assert taken == []
+    with pytest.raises(ValueError, match="undo: no chunk was trained here"):
+        run.undo()
+    run.step(3)
+    assert rows(run)["train/loss"].equals(rows(run, "main")["train/loss"][:3])
+
+
+def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
+    """From step 4 of a run at 6: its history, then the parent's own numbers; the parent is where it was."""
+    run = tiny_run()
+    run.knobs["router_temp"].hold(1.2)
+    run.note("before the fork")
+    run.step(6)
+    child = run.fork(tmp_path / "child", step=4)
+    assert child.current_step == 4 and len(child.events()) == 2
+    assert child.store.get_meta("parent") == {"path": str(run.path.resolve()), "branch": 1, "step": 4}
+    child.step(3)
+    run.step(1)
+    assert rows(child).equals(rows(run))
+    with pytest.raises(mc.StoreError, match="exists already"):
+        run.fork(tmp_path / "child")
+    child.close()
+
+
+def test_what_is_kept_is_the_last_the_best_the_newest_by_interval_and_the_named(tiny_run):
+    run = tiny_run(save_interval=4, keep_checkpoints=2, eval_interval=0)
+    run.step(3)
+    run.checkpoint("before <sharpening>/..")
+    run.step(18)
+    run._save()
+    kept = [(c.step, c.name) for c in run.store.checkpoints()]
+    assert sorted(kept, key=str) == sorted([(3, "before <sharpening>/.."), (16, None), (20, None), (21, None)], key=str)
+    on_disk = {str(file.relative_to(run.path)) for file in (run.path / "checkpoints").iterdir()}
+    assert on_disk == {c.path for c in run.store.checkpoints()}
+
+
+def test_the_best_by_validation_is_kept(tiny_run):
+    """Training on with a rate that spoils the model leaves the best checkpoint in place."""
+    run = tiny_run(eval_interval=4)
+    run.step(8)
+    run.knobs["lr_scale"].hold(100.0)
+    run.step(4)
+    run._save()
+    val = run.metrics()["val/loss"].dropna()
+    assert val[12] > val[8]
+    assert {8, 12} <= {c.step for c in run.store.checkpoints()}
+
+
+def test_after_a_crash_open_goes_on_from_the_last_whole_checkpoint(tiny_run, capsys):
+    """Steps beyond it stay on their branch; a checkpoint cut short is passed over, and both are said."""
+    run = tiny_run(save_interval=4)
+    run.step(11)
+    main = rows(run)
+    run._unsaved_s, run._save_s = 0.0, 1e9  # as if it was killed before it could save
+    run.close()
+    newest = run.path / max(run.store.__class__.open(run.path).checkpoints(), key=lambda c: c.step).path
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = mc.Run.open(run.path)
+    assert rows(again).equals(main)
+    again.step(3)
+    said = capsys.readouterr().out
+    assert "cut short" in said
+    assert "stay on branch 'main' and are trained again on 'from-" in said
+    assert rows(again, "main").equals(main)
+    n = min(len(rows(again)), 11)
+    assert rows(again)["train/loss"][:n].equals(main["train/loss"][:n])
+    again.close()
+
+
+def test_a_checkpoint_is_whole_or_refused(tmp_path):
+    """Cut at any of many offsets it is refused in one line; whole, it gives every tensor and number back."""
+    import torch
+
+    state = {"a": torch.randn(3, 4, dtype=torch.bfloat16), "b": {7: [torch.tensor(2.0), None, "x", 0.1, True]}}
+    path = tmp_path / "c.safetensors"
+    checkpoint.save(path, state, {"step": 3})
+    back = checkpoint.load(path)
+    assert torch.equal(back["a"], state["a"]) and back["b"][7][1:] == [None, "x", 0.1, True]
+    assert torch.equal(back["b"][7][0], state["b"][7][0])
+    assert checkpoint.about(path) == {"step": 3}
+    whole = path.read_bytes()
+    for cut in np.random.default_rng().integers(0, len(whole), 40):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(checkpoint.CheckpointError) as refused:
+            checkpoint.load(path)
+        assert str(refused.value).startswith(f"{path}: ") and "\n" not in str(refused.value)
+    with pytest.raises(TypeError, match="a state holds no set"):
+        checkpoint.save(path, {"s": {1}}, {})
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_training_goes_on(tiny_run):
+    """With the folder gone read-only or full: the run trains on, and an alert says what was not saved."""
+    run = tiny_run(save_interval=2)
+    run.step(2)
+    folder = run.path / "checkpoints"
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    folder.rename(run.path / "elsewhere")
+    folder.write_text("in the way")
+    run.step(2)
+    folder.unlink()
+    (run.path / "elsewhere").rename(folder)
+    assert run.current_step == 4
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == kept
+    alerts = run.events().query("kind == 'alert'")
+    assert len(alerts) and "not saved, the one before is as it was" in alerts.iloc[0]["text"]
