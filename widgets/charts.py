@@ -99,7 +99,7 @@ def utilisation(experts: pd.DataFrame | Shares, layer: int | None = None) -> Cha
 def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
     """Served share of every expert in every layer at the last step, coloured by how far from fair it is."""
     shares = _shares(experts, None)
-    demand_LE, served_LE = shares.now_2LE
+    demand_LE, served_LE = np.where(np.isnan(shares.now_2LE), None, shares.now_2LE)  # JSON has no NaN
     n_layer, n_experts, fair = len(served_LE), shares.n_experts, 1 / shares.n_experts
     trace = {
         "type": "heatmap", "uid": "heatmap", "z": served_LE, "customdata": demand_LE, "showlegend": False,

@@ -74,12 +74,13 @@ def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, laye
     heat = charts.layer_heatmap(shares)
     router = charts.confidence(metrics, n, layer, limit)
     load = charts.concentration(metrics, n, layer, limit)
-    if columns == 3:  # what happened over steps on the left, what is now on the right
-        places = [Place(lines, 0, 0, columns=2), Place(bars, 0, 2), Place(loss, 1, 0), Place(router, 1, 1),
-                  Place(heat, 1, 2, rows=2), Place(load, 2, 0), Place(clip, 2, 1)]
-    else:
-        places = _flow([(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip))],
-                       columns)
+    if columns < 3:
+        sized = [(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip))]
+        return arrange(_flow(sized, columns), marks, width)
+    # In the same order as when they flow, so that only positions change with the width. What happened over
+    # steps stands on the left, what is now on the right.
+    places = [Place(lines, 0, 0, columns=2), Place(bars, 0, 2), Place(heat, 1, 2, rows=2), Place(loss, 1, 0),
+              Place(router, 1, 1), Place(load, 2, 0), Place(clip, 2, 1)]
     return arrange(places, marks, width)
 
 
@@ -127,12 +128,12 @@ def _is_wide(chart: Chart) -> bool:
 
 def _add(traces: list, layout: dict, chart: Chart, k: int, x: list[float], y: list[float], marks: Marks,
          matches: str | None) -> None:
-    """Axes, rules, traces and marks of the k-th chart. y axis 3k-2 is its left one, 3k-1 right, 3k its marks'."""
+    """Axes, rules, traces and marks of the k-th chart. Its y axes: 3k-2 left, 3k-1 right, 3k for marks."""
     x_id, y_id, right_id, marks_id = _id("x", k), _id("y", 3 * k - 2), _id("y", 3 * k - 1), _id("y", 3 * k)
     layout[_key(x_id)] = _axis(chart.x) | {"domain": x, "anchor": y_id, "zeroline": False}
     layout[_key(y_id)] = _axis(chart.y) | {"domain": y, "anchor": x_id, "zeroline": False}
     if chart.over_steps:
-        layout[_key(x_id)] |= {"nticks": 8, "tickformat": ",d", "showgrid": False}
+        layout[_key(x_id)] |= {"nticks": 8, "tickformat": ",d", "showgrid": False, "rangemode": "tozero"}
         if matches:
             layout[_key(x_id)]["matches"] = matches
         layout[_key(marks_id)] = {"overlaying": y_id, "anchor": x_id, "range": [0, 1], "fixedrange": True,
@@ -178,7 +179,7 @@ def _base(height: int) -> dict:
         "height": height, "autosize": True, "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "pad": 0},
         "paper_bgcolor": clear, "plot_bgcolor": clear, "font": FONT, "barmode": "overlay",
         "hovermode": "closest", "hoverlabel": {"font": {"size": 12}, "align": "left", "namelength": 0},
-        "modebar": {"bgcolor": clear, "color": RULE, "activecolor": TEXT},
+        "modebar": {"bgcolor": clear, "color": RULE, "activecolor": TEXT, "orientation": "v"},
         "legend": {"orientation": "h", "xanchor": "left", "yanchor": "top", "bgcolor": clear,
                    "title": {"text": "expert ", "font": {"size": 11}}, "font": {"size": 11},
                    "itemwidth": 30, "tracegroupgap": 0, "groupclick": "togglegroup"},

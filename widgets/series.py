@@ -53,7 +53,7 @@ class Shares:
     def of(cls, steps_n: np.ndarray, shares_n2LE: np.ndarray, layer: int | None = None) -> Shares:
         """From the arrays that a store reads: shares float32 [n, 2, L, E], demand and served."""
         chosen_n2E = shares_n2LE.mean(2) if layer is None else shares_n2LE[:, :, layer]
-        now_2LE = shares_n2LE[-1] if len(steps_n) else np.zeros(shares_n2LE.shape[1:], np.float32)
+        now_2LE = shares_n2LE[-1] if len(steps_n) else np.full(shares_n2LE.shape[1:], np.nan, np.float32)
         return cls(np.asarray(steps_n), chosen_n2E[:, 0], chosen_n2E[:, 1], now_2LE)
 
     @classmethod

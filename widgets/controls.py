@@ -1,0 +1,151 @@
+"""One row for each knob: what it is set to, what the schedule says, and since which step that holds."""
+
+from __future__ import annotations
+
+import html
+import math
+import threading
+import time
+from collections.abc import Callable
+
+import ipywidgets as ipw
+
+from moe_core.knobs import KnobError
+from widgets.marks import KNOB_TITLES
+from widgets.notes import Log
+
+HELP = {
+    "router_temp": "Without noise, temperature never changes a top-1 choice, only weight and gradient.",
+}
+MODES = ("follow", "hold", "ramp")
+SLIDER_STEPS = 400
+PUSH_EVERY = 1.0  # seconds between two moves of a slider that follows its schedule
+
+
+class KnobControl:
+    """Slider, number, mode and ramp length of one knob, and a line that says what it is doing.
+
+    A person's hand only enqueues: the run takes it up at its next step boundary, and until then the row says
+    ``pending``. :meth:`refresh` brings the row up to date with the run, whoever turned the knob.
+    """
+
+    def __init__(self, knob, log: Log, turned: Callable[[], None] = lambda: None):
+        """``knob``: one of ``run.knobs``. ``turned`` is called after each turn by hand."""
+        self.knob, self._log, self._turned = knob, log, turned
+        self.title = KNOB_TITLES.get(knob.name, knob.name)
+        low, high = knob.slider
+        self.slider = ipw.FloatSlider(
+            description=self.title, min=low, max=high, step=_nice((high - low) / SLIDER_STEPS), readout=False,
+            continuous_update=False, value=low, tooltip=HELP.get(knob.name, self.title))
+        self.number = ipw.FloatText(step=self.slider.step, continuous_update=False,
+                                    tooltip=f"{self.title}: value")
+        self.mode = ipw.Dropdown(options=MODES, tooltip=f"{self.title}: follow the schedule, hold or ramp")
+        self.over = ipw.BoundedIntText(value=100, min=1, max=10**7, continuous_update=False,
+                                       tooltip=f"{self.title}: length of the ramp in steps")
+        self.says = ipw.HTML()
+        self.says.add_class("moe-knob-text")
+        parts = [self.slider, self.number, self.mode, self.over, self.says]
+        if knob.name in HELP:
+            parts.append(ipw.HTML(html.escape(HELP[knob.name])))
+            parts[-1].add_class("moe-help")
+        self.widget = ipw.Box(parts)
+        self.widget.add_class("moe-knob")
+
+        self._own: dict[ipw.Widget, object] = {}  # what this class set last, which is nobody's wish
+        self._aiming = False  # "ramp" is chosen, its target is not
+        self._refused, self._pushed_at = "", 0.0
+        self._guard = threading.RLock()
+        self.refresh()
+        for widget, handler in ((self.slider, self._aim), (self.number, self._aim), (self.mode, self._choose),
+                                (self.over, self._stretch)):
+            widget.observe(self._by_hand(handler), "value")
+
+    def refresh(self, focused: bool = False) -> None:
+        """Show what the run says of the knob. Any thread. ``focused``: a person is at the row."""
+        with self._guard:
+            knob, pending = self.knob, self.knob.pending
+            if not (pending or self._aiming):
+                self._put(self.mode, knob.mode)
+                now = time.monotonic()
+                if knob.mode != "follow":
+                    self._put_value(knob.target)
+                elif not focused and now - self._pushed_at >= PUSH_EVERY:
+                    self._pushed_at = now
+                    self._put_value(knob.value)
+            self.over.layout.visibility = "visible" if self.mode.value == "ramp" else "hidden"
+            says = (f'<div class="moe-knob-says"><span>now <b>{knob.value:.4g}</b></span>'
+                    f"<span>schedule {knob.scheduled:.4g}</span>{self._status(pending)}</div>")
+            if self.says.value != says:
+                self.says.value = says
+
+    def _status(self, pending: bool) -> str:
+        if self._refused:
+            words = html.escape(self._refused)
+            return f'<span class="moe-error" role="alert" title="{words}">{words}</span>'
+        if pending:
+            return '<span class="moe-pending" title="Waits for the next step boundary">(pending)</span>'
+        if self._aiming:
+            return "<span>set the value to ramp to</span>"
+        if self.knob.applied_at is None:
+            return "<span></span>"
+        return f'<span class="moe-applied">applied at step {self.knob.applied_at}</span>'
+
+    # ---- by hand -----------------------------------------------------------------------------------------
+
+    def _by_hand(self, handler: Callable) -> Callable:
+        guarded = self._log.guarded(handler)
+
+        def changed(change):
+            # Compared and not flagged: the notice of a change may come on another thread than the change.
+            if self._own.get(change.owner) == change.new:
+                return
+            self._own.pop(change.owner, None)
+            self._refused = ""
+            guarded(change.new)
+            self.refresh(focused=True)
+            self._turned()
+        return changed
+
+    def _aim(self, value: float) -> None:
+        try:
+            if self.mode.value == "ramp":
+                self.knob.ramp(to=value, over=self.over.value)
+            else:
+                self.knob.hold(value)
+        except KnobError as error:
+            self._refused = f"refused: {str(error).partition(': ')[2] or error}"
+            self._put_value(self.knob.value if self.knob.target is None else self.knob.target)
+            raise
+        self._aiming = False
+        self._put_value(value)
+        self._put(self.mode, "ramp" if self.mode.value == "ramp" else "hold")
+
+    def _choose(self, mode: str) -> None:
+        self._aiming = mode == "ramp"
+        if mode == "follow":
+            self._pushed_at = 0.0
+            self.knob.follow()
+        elif mode == "hold":
+            self.knob.hold(self.knob.value)
+
+    def _stretch(self, over: int) -> None:
+        if self.mode.value == "ramp" and not self._aiming:
+            self.knob.ramp(to=self.number.value, over=over)
+
+    def _put_value(self, value: float) -> None:
+        value = float(f"{value:.4g}")
+        self.slider.max = max(self.slider.max, value)  # a typed value may lie beyond what a slider offers
+        self.slider.min = min(self.slider.min, value)
+        self._put(self.slider, value)
+        self._put(self.number, value)
+
+    def _put(self, widget: ipw.Widget, value) -> None:
+        if widget.value != value:
+            self._own[widget] = value
+            widget.value = value
+
+
+def _nice(step: float) -> float:
+    """The nearest of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return float(f"{min((1, 2, 5, 10), key=lambda n: abs(n * power - step)) * power:.1g}")

@@ -1,0 +1,67 @@
+"""What the live charts show of a run, read from its store step by step: nothing is asked of who trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from widgets.marks import Marks
+from widgets.series import Shares
+
+NAMES = ("train/loss", "train/ce", "val/loss", "grad/norm", "grad/clipped_cum")
+ROUTER_NAMES = ("router/aux_mean", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
+                "router/max_frac_max", "router/drop_frac_mean")
+
+
+class Feed:
+    """Metrics, shares and marks of a run's current branch, kept up to date by :meth:`refresh`.
+
+    For one thread. ``metrics``: DataFrame float32, index step; ``shares``: :class:`Shares` of the layer
+    selection, None for a dense model; ``marks``: :class:`Marks`. ``news(events)`` hears of each event once.
+    """
+
+    def __init__(self, run, news: Callable[[list[dict]], None] = lambda events: None):
+        self._run, self._news, self._told = run, news, 0
+        self._n_experts = run.config.model.n_experts
+        self.select(None)
+
+    def select(self, layer: int | None) -> None:
+        """Show another layer, None for the mean of all, from the next refresh on."""
+        self.layer = layer
+        names = NAMES + (ROUTER_NAMES if self._n_experts else ())
+        if layer is not None and self._n_experts:
+            names += tuple(f"{name}/layer_{layer}" for name in ROUTER_NAMES if name.endswith("_mean"))
+        self._names, self._branch = names, None
+
+    def refresh(self) -> bool:
+        """Read what the store has more than at the last call; whether anything came."""
+        run = self._run
+        changed = self._branch != run.branch
+        if changed:
+            self._reset(run.branch)
+        steps = run.store.read_steps(self._branch_id, since=self.last_step, shares=bool(self._n_experts))
+        if len(steps):
+            self.last_step, changed = int(steps.steps[-1]), True
+            columns = np.stack([steps.column(name) for name in self._names], 1)
+            newer = pd.DataFrame(columns, columns=self._names, index=pd.Index(steps.steps, name="step"))
+            self.metrics = pd.concat([self.metrics, newer]) if len(self.metrics) else newer
+            if self.shares is not None:
+                self.shares = self.shares.extended(Shares.of(steps.steps, steps.shares, self.layer))
+        newest = run.store.read_events(self._branch_id, after=self._last_event)
+        if newest:
+            self._last_event, changed = max(event["id"] for event in newest), True
+            self.marks = Marks.of(run.events())
+            self._news([event for event in newest if event["id"] > self._told])
+            self._told = max(self._told, self._last_event)
+        return changed
+
+    def _reset(self, branch: str) -> None:
+        self._branch_id = {b.name: b.id for b in self._run.store.branches()}[branch]
+        self._branch, self.last_step, self._last_event = branch, 0, 0
+        self.metrics = pd.DataFrame(columns=self._names, index=pd.Index([], name="step", dtype=np.int64),
+                                    dtype=np.float32)
+        model, self.marks = self._run.config.model, Marks()
+        nothing = np.zeros((0, 2, model.n_layer, model.n_experts), np.float32)
+        self.shares = Shares.of(np.zeros(0, np.int64), nothing, self.layer) if self._n_experts else None

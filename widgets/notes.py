@@ -1,0 +1,81 @@
+"""The note box, and the log under it: what was done and what went wrong, where a person sees it.
+
+Whatever a handler or a background thread prints is shown nowhere, or in whichever cell ran last; this log is
+where it belongs. All that it shows is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import ipywidgets as ipw
+
+from widgets.marks import say
+
+LINES = 100
+
+
+class Log:
+    """The newest lines, newest first, in one HTML widget fed from a bounded deque. Any thread may write."""
+
+    def __init__(self, lines: int = LINES):
+        self.widget = ipw.HTML()
+        self._lines: deque[str] = deque(maxlen=lines)
+        self._guard = threading.Lock()
+        self._show()
+
+    def write(self, text: str, error: bool = False, at: float | None = None) -> None:
+        """One line of plain text. ``at``: seconds since 1970; now when None."""
+        clock = time.strftime("%H:%M:%S", time.localtime(at))
+        mark = ' class="moe-error"' if error else ""
+        with self._guard:
+            self._lines.append(f"<div><span>{clock}</span><span{mark}>{html.escape(text)}</span></div>")
+            self._show()
+
+    def write_events(self, events: list[dict]) -> None:
+        """Events as ``RunStore.read_events`` gives them: turns of knobs, notes, what stopped training."""
+        for event in sorted(events, key=lambda event: event["id"])[-LINES:]:
+            what = say({**event, **event["payload"]})
+            self.write(f"{what} · {'applied at step' if event['kind'] == 'knob' else 'step'} {event['step']}",
+                       error=event["kind"] not in ("knob", "note"), at=event["applied"])
+
+    def guarded(self, handler: Callable) -> Callable:
+        """``handler``, with what it raises written here: a refused value in its own words, and all else."""
+        def run(*args, **kwargs):
+            try:
+                return handler(*args, **kwargs)
+            except ValueError as refused:
+                self.write(f"refused: {refused}", error=True)
+            except Exception as error:
+                self.write(f"{type(error).__name__}: {error}", error=True)
+        return run
+
+    def _show(self) -> None:
+        inside = "".join(reversed(self._lines)) or "<div><span></span><span>Nothing so far.</span></div>"
+        self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
+
+
+class NoteBox:
+    """A line of text that is pinned to the run's current step, by its button or the Enter key."""
+
+    def __init__(self, run, log: Log, posted: Callable[[], None] = lambda: None):
+        self._run, self._posted = run, posted
+        self.text = ipw.Text(placeholder="A note, pinned to the current step",
+                             tooltip="Note, pinned to the current step")
+        self.button = ipw.Button(description="Add note", tooltip="Pin the note to the current step")
+        add = log.guarded(self.add)
+        self.button.on_click(lambda _: add())
+        self.text.on_msg(lambda _, content, __: add() if content.get("event") == "submit" else None)
+        self.widget = ipw.Box([self.text, self.button])
+        self.widget.add_class("moe-note")
+
+    def add(self) -> None:
+        """Pin what the box says, and empty it. An empty box is left alone."""
+        if self.text.value.strip():
+            self._run.note(self.text.value)
+            self.text.value = ""
+            self._posted()

@@ -1,0 +1,121 @@
+"""The panel's side of the page: its style, its width, the focus, and the names that ipywidgets leaves out."""
+
+from __future__ import annotations
+
+import anywidget
+from traitlets import Int
+
+_ESM = """
+export default {
+  render({ model, el }) {
+    let panel = null;
+    const say = (name, value) => {
+      if (model.get(name) !== value) { model.set(name, value); model.save_changes(); }
+    };
+    const rows = () => [...panel.querySelectorAll(".moe-knob")];
+    // ipywidgets builds a slider's handle without a name, anew when its range changes, and puts the tooltip
+    // of a number field on a label that it hides.
+    const name = () => {
+      for (const label of panel.querySelectorAll(".widget-text > .widget-label[title]"))
+        label.parentElement.querySelector("input")?.setAttribute("aria-label", label.title);
+      for (const slider of panel.querySelectorAll(".widget-slider"))
+        slider.querySelector("[role=slider]")?.setAttribute(
+          "aria-label", slider.querySelector(".widget-label").textContent);
+      const figure = panel.querySelector(".js-plotly-plot");
+      figure?.setAttribute("role", "img");
+      figure?.setAttribute("aria-label", "Charts of the run");
+    };
+    const names = new MutationObserver(name);
+    const focusin = (event) => say("focus", rows().indexOf(event.target.closest(".moe-knob")));
+    const focusout = () => say("focus", -1);
+    // An element is placed after it is rendered; its first size says that it is in the page.
+    const size = new ResizeObserver(([entry]) => {
+      if (panel === null && (panel = el.closest(".moe-workbench")) !== null) {
+        panel.addEventListener("focusin", focusin);
+        panel.addEventListener("focusout", focusout);
+        for (const part of panel.querySelectorAll(".moe-knobs, .moe-charts"))
+          names.observe(part, { childList: true, subtree: part.matches(".moe-knobs") });
+        name();
+        say("focus", -1);
+      }
+      const width = 50 * Math.round(entry.contentRect.width / 50);
+      if (width > 0) say("width", width);
+    });
+    size.observe(el);
+    return () => { size.disconnect(); names.disconnect(); };
+  },
+};
+"""
+
+_CSS = """
+.moe-workbench { container-type: inline-size; gap: 8px; overflow: hidden; padding: 2px; }
+.moe-workbench > * { margin: 0; }
+.moe-page { height: 0; overflow: hidden; }
+.moe-workbench .widget-html-content { line-height: 1.35; }
+.moe-run { display: flex; flex-flow: row wrap; align-items: center; gap: 6px; }
+.moe-run .widget-button, .moe-note .widget-button { width: auto; padding: 0 14px; }
+.moe-run .moe-status { flex: 1 1 260px; min-width: 0; }
+.moe-status-line { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline;
+  font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1); font-variant-numeric: tabular-nums; }
+.moe-status-line .moe-muted { color: var(--jp-ui-font-color2); }
+.moe-state { font-weight: 600; }
+.moe-state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
+  margin-right: 6px; background: var(--jp-ui-font-color3); }
+.moe-state-training::before { background: #2e9e5b; }
+.moe-state-pausing::before, .moe-state-paused::before { background: #d98200; }
+.moe-state-failed::before { background: #d13438; }
+.moe-error { color: var(--jp-error-color1, #d13438); }
+.moe-workbench progress { appearance: none; display: block; width: 100%; height: 4px; border: 0;
+  border-radius: 2px; overflow: hidden; background: var(--jp-border-color2); }
+.moe-workbench progress::-webkit-progress-bar { background: var(--jp-border-color2); }
+.moe-workbench progress::-webkit-progress-value { background: #2e9e5b; }
+.moe-workbench progress::-moz-progress-bar { background: #2e9e5b; }
+.moe-knobs { border: solid var(--jp-border-color2); border-width: 1px 0; padding: 6px 0; overflow: hidden; }
+.moe-knob { display: grid !important; align-items: center; gap: 0 10px; overflow: hidden;
+  grid-template-columns: minmax(260px, 1fr) 82px 82px 82px minmax(330px, 1.2fr);
+  --jp-widgets-inline-height: 24px; }
+.moe-knob > * { margin: 2px 0; width: auto; min-width: 0; }
+.moe-knob .widget-slider .widget-label { width: 136px; text-align: left; color: var(--jp-ui-font-color1); }
+.moe-knob-says { display: grid; grid-template-columns: 82px 108px 1fr; gap: 0 8px;
+  font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color2); font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+.moe-knob-says > span { overflow: hidden; text-overflow: ellipsis; }
+.moe-knob-says b { color: var(--jp-ui-font-color1); font-weight: 600; }
+.moe-knob .moe-help { grid-column: 1 / -1; margin: -2px 0 3px; font-size: 11px; line-height: 1.2;
+  color: var(--jp-ui-font-color2); }
+.moe-pending { color: #b86e00; font-weight: 600; }
+.moe-applied { color: #268a4d; }
+[data-jp-theme-light="false"] .moe-pending { color: #f0a93b; }
+[data-jp-theme-light="false"] .moe-applied { color: #5ec489; }
+.moe-note { display: flex; flex-flow: row wrap; gap: 6px; }
+.moe-note .widget-text { flex: 1 1 240px; width: auto; margin: 2px 0; }
+.moe-log { max-height: 108px; overflow-y: auto; font-family: var(--jp-code-font-family);
+  font-size: 11px; line-height: 1.5; color: var(--jp-ui-font-color2); }
+.moe-log div { display: grid; grid-template-columns: 64px 1fr; overflow-wrap: anywhere; }
+@container (max-width: 820px) {
+  .moe-knob { grid-template-columns: minmax(200px, 1fr) 82px 82px 82px; padding: 2px 0; }
+  .moe-knob-text { grid-column: 1 / -1; }
+  .moe-knob-says { padding-left: 136px; }
+}
+@container (max-width: 520px) {
+  .moe-knob { grid-template-columns: 1fr 1fr 1fr; }
+  .moe-knob .widget-slider { grid-column: 1 / -1; }
+  .moe-knob-says { padding-left: 0; }
+}
+"""
+
+
+class Page(anywidget.AnyWidget):
+    """Lies in the panel, unseen. ``width``: the panel's, in pixels, rounded to 50; 0 until a page shows it.
+
+    ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none.
+    """
+
+    _esm = _ESM
+    _css = _CSS
+    width = Int(0).tag(sync=True)
+    focus = Int(-1).tag(sync=True)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_class("moe-page")

@@ -1,0 +1,177 @@
+"""The panel: ``Workbench(run)`` steps a run, turns its knobs and shows how its experts answer."""
+
+from __future__ import annotations
+
+import html
+import weakref
+from pathlib import Path
+
+import ipywidgets as ipw
+
+from moe_core.session import BUSY, Session
+from widgets.controls import KnobControl
+from widgets.live import Live
+from widgets.notes import Log, NoteBox
+from widgets.page import Page
+
+_panels: weakref.WeakValueDictionary[Path, Workbench] = weakref.WeakValueDictionary()
+
+
+def answer_while_cells_run() -> None:
+    """Let controls answer while a cell runs.
+
+    ipykernel 7.4 sends a widget's message to the shell that last published on its comm, and not to the
+    subshell that the page chose for it: the main shell, where it waits for the cell to end.
+    """
+    try:
+        from ipykernel.comm.comm import BaseComm
+    except ImportError:
+        return
+    if hasattr(BaseComm, "_reply_subshell_for"):
+        BaseComm._reply_subshell_for = lambda self, data, default: default
+
+
+class Workbench(ipw.VBox):
+    """The panel of ``run``, which takes the place of an earlier panel of the same run and of its session.
+
+    ``session`` is the :class:`~moe_core.session.Session` that its buttons drive; ``run.step()`` in a cell
+    drives the same one. Everything is on disk before the panel shows it, so closing the panel loses nothing.
+    """
+
+    def __init__(self, run, chunk: int = 100):
+        """``chunk``: the length that the Run button starts with, in steps."""
+        answer_while_cells_run()
+        place = Path(run.path).resolve()
+        if (earlier := _panels.get(place)) is not None:
+            earlier.close()
+        self.run, self.session = run, Session(run)
+        self.journal = Log()
+        self.live = Live(run, tick=self._tick, news=self.journal.write_events, report=self._failed)
+        self.page = Page()
+        self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
+        self.notes = NoteBox(run, self.journal, posted=self.live.wake)
+        self._ticks, self._last_report = 0, ""
+        super().__init__([self.page, self._run_row(chunk), self.bar, self._knob_table(),
+                          self.notes.widget, self._charts(), self.journal.widget])
+        self.add_class("moe-workbench")
+        self.page.observe(lambda change: self.live.resize(change.new), "width")
+        self._tick()
+        self.live.start()
+        _panels[place] = self
+
+    def start(self, n: int) -> None:
+        """Train ``n`` steps more, as the Run button does; returns at once. Wait with ``session.wait()``."""
+        self.session.start(n)
+        self.live.wake()
+
+    def pause(self) -> None:
+        """Stop at the next step boundary, as the Pause button does."""
+        self.session.pause()
+        self.live.wake()
+
+    def close(self) -> None:
+        """Stop training at the next step boundary and take the panel off the page. Closing twice is fine."""
+        self.session.close()
+        self.live.close()
+        for widget in _descendants(self):
+            widget.close()
+        super().close()
+
+    # ---- parts -------------------------------------------------------------------------------------------
+
+    def _run_row(self, chunk: int) -> ipw.Box:
+        self.chunk = ipw.BoundedIntText(value=chunk, min=1, max=10**9, tooltip="Length of a chunk in steps",
+                                        layout=ipw.Layout(width="84px"))
+        self.run_button = self._button("Run", "Train a chunk of this many steps",
+                                       lambda: self.start(self.chunk.value), style="primary")
+        self.step_button = self._button("Step once", "Train one step", lambda: self.start(1))
+        self.pause_button = self._button("Pause", "Stop at the next step boundary", self.pause)
+        self.status, self.bar = ipw.HTML(), ipw.HTML()
+        self.status.add_class("moe-status")
+        parts = [self.run_button, self.chunk, ipw.Label("steps"), self.step_button, self.pause_button,
+                 self.status]
+        self.layer = None
+        if self.run.config.model.n_experts:
+            layers = [f"layer {i}" for i in range(self.run.config.model.n_layer)]
+            self.layer = ipw.Dropdown(options=["mean of layers", *layers], layout=ipw.Layout(width="136px"),
+                                      tooltip="Layer shown in the charts")
+            self.layer.observe(lambda seen: self.live.select(seen.new - 1 if seen.new else None), "index")
+            parts.append(self.layer)
+        row = ipw.Box(parts)
+        row.add_class("moe-run")
+        return row
+
+    def _button(self, words: str, tooltip: str, action, style: str = "") -> ipw.Button:
+        button = ipw.Button(description=words, tooltip=tooltip, button_style=style)
+        guarded = self.journal.guarded(action)
+        button.on_click(lambda _: guarded())
+        return button
+
+    def _knob_table(self) -> ipw.Box:
+        table = ipw.VBox([control.widget for control in self.controls])
+        table.add_class("moe-knobs")
+        return table
+
+    def _charts(self) -> ipw.Box:
+        charts = ipw.VBox([self.live.figure])
+        charts.add_class("moe-charts")
+        return charts
+
+    # ---- the live thread ---------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        progress = self.session.progress()
+        self.pause_button.disabled = progress.state != "training"
+        _show(self.status, _status_line(progress))
+        _show(self.bar, _bar(progress))
+        self._ticks += 1
+        if self._ticks % 2 or progress.state not in BUSY:
+            for row, control in enumerate(self.controls):
+                control.refresh(focused=row == self.page.focus)
+
+    def _failed(self, error: Exception) -> None:
+        said = f"the panel: {type(error).__name__}: {error}"
+        if said != self._last_report:  # the thread tries again for as long as the panel is open
+            self.journal.write(said, error=True)
+        self._last_report = said
+
+
+def _status_line(progress) -> str:
+    parts = [f'<span class="moe-state moe-state-{progress.state}" role="status">{progress.state}</span>',
+             f"<span>step <b>{progress.step:,}</b></span>"]
+    if progress.chunk_total:
+        done = f"{progress.chunk_done:,} of {progress.chunk_total:,} steps"
+        parts.append(f'<span class="moe-muted">{done}</span>')
+    if progress.seconds_left is not None:
+        parts.append(f'<span class="moe-muted">{_duration(progress.seconds_left)} left</span>')
+    if progress.tok_s is not None:
+        parts.append(f'<span class="moe-muted">{progress.tok_s:,.0f} tokens/s</span>')
+    if progress.error:
+        parts.append(f'<span class="moe-error" role="alert">{html.escape(progress.error)}</span>')
+    return f'<div class="moe-status-line">{"".join(parts)}</div>'
+
+
+def _bar(progress) -> str:
+    return (f'<progress max="{max(progress.chunk_total, 1)}" value="{progress.chunk_done}" '
+            'aria-label="Steps of this chunk"></progress>')
+
+
+def _duration(seconds: float) -> str:
+    whole = max(round(seconds), 0)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _show(widget: ipw.HTML, value: str) -> None:
+    if widget.value != value:
+        widget.value = value
+
+
+def _descendants(widget: ipw.Widget) -> list[ipw.Widget]:
+    below = []
+    for child in getattr(widget, "children", ()):
+        below += [child, *_descendants(child)]
+    return below
