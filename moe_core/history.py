@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from moe_core import checkpoint
 from moe_core.store import MAIN, Checkpoint, RunStore
-from moe_core.trainer import Trainer
+from moe_core.trainer import StepRecord, Trainer
 
 SNAPSHOT_BYTES = 1 << 30  # of host memory for all snapshots; the newest is kept whatever its size
 FOLDER = "checkpoints"
@@ -148,18 +148,36 @@ class History:
 
         Returns "" when every cross-entropy came out as its row has it (on a CPU: to the bit), else what did not.
         """
-        turns, rows = self.turns(line), self.store.read_steps(line, trainer.steps_done, shares=False)
+        rows = self.store.read_steps(line, trainer.steps_done, shares=False)
         stored = dict(zip(rows.steps.tolist(), rows.column("train/ce").tolist(), strict=True))
-        close = 0.0 if trainer.device.type == "cpu" else GPU_TOLERANCE
-        off = ""
+        close, off = 0.0 if trainer.device.type == "cpu" else GPU_TOLERANCE, ""
+        for record in self._again(line, trainer, upto, validate=False):
+            again = float(np.float32(record.metrics["train/ce"]))
+            if not off and abs(again - stored[record.step]) > close:
+                off = f"train/ce of step {record.step} is {again:.6f} and was {stored[record.step]:.6f}"
+        return off
+
+    def replay(self, line: int, upto: int, trainer: Trainer):
+        """All steps of a line again, from a fresh trainer. DataFrame, index metric: largest difference, its step."""
+        import pandas as pd
+
+        rows = self.store.read_steps(line, shares=False)
+        worst: dict[str, tuple[float, int]] = {}
+        for record in self._again(line, trainer, upto, validate=True):
+            before = dict(zip(rows.names, rows.values[record.step - 1].tolist(), strict=True))
+            for name, value in record.metrics.items():
+                difference = abs(float(np.float32(value)) - before.get(name, math.nan))
+                if name != "perf/tok_s" and difference >= worst.get(name, (0.0, 0))[0]:
+                    worst[name] = difference, record.step
+        return pd.DataFrame.from_dict(worst, orient="index", columns=["largest", "step"]).rename_axis("metric")
+
+    def _again(self, line: int, trainer: Trainer, upto: int, validate: bool) -> Iterator[StepRecord]:
+        turns = self.turns(line)
         while trainer.steps_done < upto:
             number = trainer.steps_done + 1
             trainer.knobs.replay((step, turn) for step, turn in turns if step <= number)
-            again = float(np.float32(trainer.step(validate=False).metrics["train/ce"]))
-            if not off and abs(again - stored[number]) > close:
-                off = f"train/ce of step {number} is {again:.6f} and was {stored[number]:.6f}"
+            yield trainer.step(validate)
         trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)
-        return off
 
     def copy_line(self, line: int, path: str | os.PathLike, trainer: Trainer, parent: str) -> None:
         """A new run in ``path``: this line's rows and events up to the trainer's step, and its state."""

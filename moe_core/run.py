@@ -11,15 +11,16 @@ import os
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moe_core import checkpoint, frames
+from moe_core.ab import AB
 from moe_core.config import RunConfig
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.history import History
-from moe_core.knobs import Knobs
+from moe_core.knobs import Knobs, check_turn
 from moe_core.session import Command, Progress, Session
 from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.trainer import NonFiniteError, StepRecord, Trainer, resolve_device
@@ -173,12 +174,7 @@ class Run:
         if name is not None and name in set(self.branches()["name"]):
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
 
-        def go():
-            line = self._branch.id
-            self._reach(line, step)
-            self._open_branch(line, step, name)
-        self.session.move(go)
-        self.session.wait()
+        self._go_back(self._branch.id, step, name)
 
     def undo(self) -> None:
         """Back to where the last chunk started, on a new branch; at once, from a snapshot in memory."""
@@ -218,6 +214,41 @@ class Run:
         self.session.move(go)
         self.session.wait()
         return Run.open(path)
+
+    def ab(self, a: Mapping[str, float], b: Mapping[str, float], steps: int) -> AB:
+        """Train ``steps`` steps twice from here, holding the knobs in ``a``, then in ``b``, each on its own branch.
+
+        Both see the same batches and the same random numbers. The run is left on B; ``keep("A")`` goes on from A.
+        """
+        for choice in (a, b):
+            for name, value in choice.items():
+                check_turn(self.knobs[name].name, "hold", value)
+        line, start, taken = self._branch.id, self._step, set(self.branches()["name"])
+        suffix = next(s for n in range(1, len(taken) + 2)
+                      if not {f"A-{(s := f'{start}' if n == 1 else f'{start}-{n}')}", f"B-{s}"} & taken)
+        names = f"A-{suffix}", f"B-{suffix}"
+        for name, choice in zip(names, (a, b), strict=True):
+            self._go_back(line, start, name)
+            for knob, value in choice.items():
+                self.knobs[knob].hold(value)
+            self.step(steps)
+        return AB(self, start, steps, dict(a), dict(b), *names)
+
+    def replay(self, upto: int | None = None):
+        """Take the current line's steps again, in a fresh model, from the config, the seed and the events alone.
+
+        DataFrame, index metric: ``largest`` absolute difference from the rows, and the ``step`` of it. On a CPU
+        every one is 0; the run itself stays as it is.
+        """
+        return self.history.replay(self._branch.id, self._step if upto is None else upto, _build(
+            self.config, Knobs(self.config, resolve_device(self.config)), print))
+
+    def _go_back(self, line: int, step: int, name: str | None) -> None:
+        def go():
+            self._reach(line, step)
+            self._open_branch(line, step, name)
+        self.session.move(go)
+        self.session.wait()
 
     def _reach(self, line: int, step: int) -> None:
         """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand."""

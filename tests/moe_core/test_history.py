@@ -130,6 +130,41 @@ def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
     child.close()
 
 
+def test_a_and_b_see_the_same_batches_and_differ_by_their_knobs_alone(tiny_run):
+    """Two equal choices give equal rows; unequal ones differ from the first step; keep goes on from one."""
+    run = tiny_run()
+    run.step(4)
+    same = run.ab({"router_temp": 1.3}, {"router_temp": 1.3}, steps=3)
+    assert same.table().empty
+    run.switch("main")
+    choice = run.ab({"router_temp": 1.0}, {"router_temp": 1.6, "lr_scale": 2.0}, steps=5)
+    table = choice.table()
+    assert table.loc["router/temp", "difference"] == pytest.approx(0.6)
+    assert table.loc["lr_scale", "A"] == 1.0 and table.loc["lr_scale", "spread"] == 0.0
+    assert table.loc["train/loss", "spread"] > 0
+    choice.keep("A")
+    run.step(1)
+    assert (run.branch, run.current_step, run.knobs["router_temp"].value) == ("A-4-2", 10, 1.0)
+    with pytest.raises(mc.KnobError, match="router_temp = 0: must be"):
+        run.ab({"router_temp": 0}, {}, steps=2)
+    assert len(run.branches()) == 5
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_config_seed_and_events_alone_give_the_same_numbers(tiny_run, changes):
+    """Replayed along a branch with turns on both sides of its fork: no metric of any step differs at all."""
+    run = tiny_run(**changes)
+    run.step(5)
+    turn(run)
+    run.step(6)
+    run.rewind(8)
+    run.knobs["lr_scale"].hold(0.3)
+    run.step(4)
+    replayed = run.replay()
+    assert len(replayed) > 8 and (replayed["largest"] == 0).all()
+    assert replayed.loc["val/loss", "step"] == 10
+
+
 def test_what_is_kept_is_the_last_the_best_the_newest_by_interval_and_the_named(tiny_run):
     run = tiny_run(save_interval=4, keep_checkpoints=2, eval_interval=0)
     run.step(3)
