@@ -149,9 +149,13 @@ class DataConfig(_Checked):
 
 @dataclass(frozen=True)
 class OptimConfig(_Checked):
-    """Optimizer, rate schedule (linear warmup, cosine to ``min_lr``) and batch. Rates are per optimizer step."""
+    """Optimizer, rate schedule (linear warmup, cosine to ``min_lr``) and batch. Rates are per optimizer step.
 
-    optimizer: str = _field("adamw", choices=("adamw",))
+    Every group's rate is its own peak times one shape, whose floor is ``min_lr / learning_rate``. The peak is
+    ``muon_lr`` for Muon's matrices and, for the rest, ``learning_rate`` under AdamW, ``sophia_lr`` under Sophia.
+    """
+
+    optimizer: str = _field("adamw", choices=("adamw", "muon_adamw", "muon_sophia", "sophia"))
     learning_rate: float = _field(3e-4, gt=0)
     min_lr: float = _field(3e-5, ge=0)
     warmup_iters: int = _field(500, ge=0)
@@ -163,10 +167,35 @@ class OptimConfig(_Checked):
     grad_clip: float = _field(1.0, gt=0)
     batch_size: int = _field(8, ge=1)  # sequences a micro-batch
     gradient_accumulation_steps: int = _field(1, ge=1)
+    embed_lr: float | None = _field(None, gt=0)  # peak of the tied embedding; None: as the rest
+    router_optimizer: str = _field("aux", choices=("aux", "muon"))  # of the router's matrix, in a mix with Muon
+    muon_lr: float = _field(3e-2, gt=0)
+    muon_wd: float = _field(1e-2, ge=0)
+    muon_momentum: float = _field(0.95, ge=0, lt=1)
+    muon_scale: str = _field("original", choices=("original", "match_rms_adamw"))
+    muon_dtype: str = _field("bfloat16", choices=("bfloat16", "float32", "float64"))  # of Newton-Schulz
+    starved_experts: str = _field("reference", choices=("reference", "skip"))  # Muon's, when without tokens
+    sophia_lr: float = _field(1e-3, gt=0)
+    sophia_wd: float = _field(0.2, ge=0)
+    sophia_b1: float = _field(0.965, ge=0, lt=1)
+    sophia_b2: float = _field(0.99, ge=0, lt=1)
+    sophia_rho: float = _field(0.1, gt=0)
+    sophia_eps: float = _field(1e-15, gt=0)
+    sophia_k: int = _field(10, ge=1)  # steps between Hessian passes
+    sophia_k_after: int | None = _field(None, ge=1)  # the same, once sophia_k_switch_step has passed
+    sophia_k_switch_step: int | None = _field(None, ge=1)
 
     def _check(self):
         if self.min_lr > self.learning_rate:
             raise ConfigError(f"min_lr = {self.min_lr}: must be at most learning_rate = {self.learning_rate}")
+        if (self.sophia_k_after is None) != (self.sophia_k_switch_step is None):
+            raise ConfigError(f"sophia_k_after = {self.sophia_k_after}: must be given together with "
+                              f"sophia_k_switch_step = {self.sophia_k_switch_step}, or both left None")
+
+    @property
+    def skips_starved(self) -> bool:
+        """Whether experts without tokens are left alone."""
+        return self.starved_experts == "skip" and self.optimizer.startswith("muon")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ step whose loss or gradient is not finite is never applied.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +21,16 @@ from moe_core.data import Batches
 from moe_core.knobs import Knobs
 from moe_core.metrics import Reading, pack, router_metrics
 from moe_core.model import RouterControls, Transformer
-from moe_core.optim import build_optimizer, lr_shape, set_lr
+from moe_core.optim import (
+    build_optimizer,
+    hessian_due,
+    lr_shape,
+    main_lr,
+    measured_step,
+    sampled_gradients,
+    set_lr,
+    update_sizes,
+)
 
 
 class NonFiniteError(ArithmeticError):
@@ -28,12 +38,24 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
+class _Backward:
+    """What a step knows before its update. The parameters' ``.grad`` belong to it."""
+
+    reading: Reading
+    norm: float  # of the gradient
+    ghats: list[Tensor | None]  # gradients on sampled labels; empty where no Hessian pass was due
+    ghat_norm: float  # 0 where none was due
+    update_sizes: list[float]  # of each parameter group, by the step before
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """What optimizer step number ``step`` (the first is 1) did and saw.
 
     ``metrics``: the published names; loss, shares and the rest are of the forward passes of this step, hence
-    of the weights before its update, and means over all its micro-batches; ``val/...`` is of the weights
-    after it. ``shares``: float32 [2, L, E], demand and served as shares of assignments.
+    of the weights before its update, and means over all its micro-batches; ``update/...`` is the update that
+    made those weights, by the step before (0 in the first); ``val/...`` is of the weights after its own.
+    ``shares``: float32 [2, L, E], demand and served as shares of assignments.
     """
 
     step: int
@@ -61,6 +83,7 @@ class Trainer:
         ).to(self.device)
         self.optimizer = build_optimizer(config.optim, self.model)
         self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.labels = torch.Generator(self.device).manual_seed(config.seed + 2)  # of Sophia's Hessian passes
         self.steps_done = 0
         self.clipped = 0
 
@@ -70,25 +93,26 @@ class Trainer:
         On an exception the weights and the next batch are as before it.
         """
         started = time.perf_counter()
-        cursor, noise = self.train.state_dict(), self.noise.get_state()
+        cursor, noise, labels = self.train.state_dict(), self.noise.get_state(), self.labels.get_state()
         try:
             number = self.steps_done + 1
             values = self.knobs.read(number)
-            reading, norm = self._backward()
-            metrics = self._metrics(number, values, reading, norm)
-            _refuse_nonfinite(number, metrics)
+            seen = self._backward()
+            metrics = self._metrics(number, values, seen)
+            _refuse_nonfinite(number, {**metrics, "the Hessian estimate": seen.ghat_norm})
         except BaseException:
             self.train.load_state_dict(cursor)
             self.noise.set_state(noise)
+            self.labels.set_state(labels)
             raise
-        self._update(number, values, norm)
+        self._update(number, values, seen)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
         metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
         if every := self.config.eval_interval:
             # NaN where it was not measured, so that every row has the same names.
             metrics["val/loss"] = self.evaluate() if validate and number % every == 0 else math.nan
             metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
-        return StepRecord(number, metrics, reading.shares)
+        return StepRecord(number, metrics, seen.reading.shares)
 
     def _controls(self) -> RouterControls | None:
         if not self.config.model.n_experts:
@@ -96,8 +120,8 @@ class Trainer:
         t = self.knobs.tensors
         return RouterControls(t["router_temp"], t["router_noise_std"], t.get("capacity_factor"))
 
-    def _backward(self) -> tuple[Reading, float]:
-        """Gradients of the mean loss over the step's micro-batches; what they report; the gradient's norm."""
+    def _backward(self) -> _Backward:
+        """Gradients of the mean loss over the step's micro-batches, and what the host must know of them."""
         optim, model = self.config.optim, self.config.model
         controls, report = self._controls(), None
         self.model.train()
@@ -112,25 +136,42 @@ class Trainer:
                         + t["router_z_loss_coef"] * out.losses["z"])
             (loss / optim.gradient_accumulation_steps).backward()
             report = pack(out) if report is None else report + pack(out)
-        norm = torch.nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        vector = torch.cat([report / optim.gradient_accumulation_steps, norm.reshape(1)]).cpu().numpy()
-        return Reading.unpack(vector[:-1], model.n_layer, model.n_experts), float(vector[-1])
+        ghats = []
+        if hessian_due(optim, self.steps_done):
+            ghats = sampled_gradients(self.model, window[:, :-1], controls, self.labels,
+                                      self.optimizer.hessian_params())
+        norms = [torch.nn.utils.get_total_norm([g for g in grads if g is not None]).to(self.device)
+                 for grads in (ghats, [p.grad for p in self.model.parameters()])]
+        sizes = update_sizes(self.optimizer, self.device)
+        report = report / optim.gradient_accumulation_steps
+        vector = torch.cat([report, sizes, torch.stack(norms)]).cpu().numpy()
+        end = len(report)
+        return _Backward(Reading.unpack(vector[:end], model.n_layer, model.n_experts), norm=float(vector[-1]),
+                         ghats=ghats, ghat_norm=float(vector[-2]), update_sizes=vector[end:-2].tolist())
 
-    def _update(self, number: int, values: dict[str, float], norm: float) -> None:
-        if norm > values["grad_clip"]:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"], torch.tensor(norm))
+    def _update(self, number: int, values: dict[str, float], seen: _Backward) -> None:
+        if seen.norm > values["grad_clip"]:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"],
+                                                 torch.tensor(seen.norm))
+        if seen.ghats:
+            self.optimizer.update_hessian(seen.ghats)
         set_lr(self.optimizer, lr_shape(self.config.optim, number) * values["lr_scale"])
-        self.optimizer.step()
+        measured_step(self.optimizer)
 
-    def _metrics(self, number: int, values: dict[str, float], reading: Reading, norm: float) -> dict[str, float]:
-        optim = self.config.optim
+    def _metrics(self, number: int, values: dict[str, float], seen: _Backward) -> dict[str, float]:
+        optim, reading, norm = self.config.optim, seen.reading, seen.norm
+        share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
         routed = router_metrics(reading, values["load_balance_alpha"]) if self.config.model.n_experts else {}
         aux = routed.get("router/aux_mean", 0.0)
         z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
+        if routed and optim.skips_starved:
+            routed["optim/starved_skipped"] = float((reading.shares[1] == 0).sum())
         return {
             "train/loss": reading.ce + aux + z,
             "train/ce": reading.ce,
-            "lr": optim.learning_rate * lr_shape(optim, number) * values["lr_scale"],
+            "lr": main_lr(optim) * share,
+            **{f"lr/{group['name']}": group["peak_lr"] * share for group in groups},
+            **{f"update/{group['name']}": size for group, size in zip(groups, seen.update_sizes, strict=True)},
             "train/tokens_b": number * self.config.tokens_per_step / 1e9,
             "grad/norm": norm,
             "grad/clipped_cum": float(self.clipped + (norm > values["grad_clip"])),
@@ -153,19 +194,20 @@ class Trainer:
         return {
             "steps_done": self.steps_done, "clipped": self.clipped, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "knobs": self.knobs.state_dict(),
-            "noise": self.noise.get_state(), "train": self.train.state_dict()}
+            "noise": self.noise.get_state(), "labels": self.labels.get_state(), "train": self.train.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Become what :meth:`state_dict` was taken of: the same steps follow."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would share memory with the state
         self.knobs.load_state_dict(state["knobs"])
         self.noise.set_state(state["noise"].cpu())
+        self.labels.set_state(state["labels"].cpu())
         self.train.load_state_dict(state["train"])
         self.steps_done, self.clipped = state["steps_done"], state["clipped"]
 
 
 def _refuse_nonfinite(number: int, metrics: dict[str, float]) -> None:
-    for name in ("train/ce", "router/aux_mean", "router/z_mean", "grad/norm"):
+    for name in ("train/ce", "router/aux_mean", "router/z_mean", "grad/norm", "the Hessian estimate"):
         if not math.isfinite(metrics.get(name, 0.0)):
             raise NonFiniteError(f"step {number}: {name} is {metrics[name]}; the step was not applied")

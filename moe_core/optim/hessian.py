@@ -1,0 +1,47 @@
+"""Sophia's curvature pass: the gradient on labels that the model itself would give, and when it is due.
+
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_core.config import OptimConfig
+from moe_core.model import RouterControls, Transformer, draw_noise
+
+
+def hessian_due(config: OptimConfig, steps_done: int) -> bool:
+    """Whether a pass is due after ``steps_done`` optimizer steps, before the next.
+
+    After every ``sophia_k`` steps; once ``sophia_k_switch_step`` has passed, every ``sophia_k_after``.
+    """
+    if "sophia" not in config.optimizer or not steps_done:
+        return False
+    switched = config.sophia_k_switch_step is not None and steps_done > config.sophia_k_switch_step
+    return steps_done % (config.sophia_k_after if switched else config.sophia_k) == 0
+
+
+def sample_labels(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
+    """One label for every position, [B, S] int64, from the softmax of its logits."""
+    # The largest of logits + Gumbel noise; multinomial would check its input on the host.
+    noise = draw_noise("gumbel", logits_BSV.shape, generator, logits_BSV.device)
+    return noise.add_(logits_BSV).argmax(-1)
+
+
+def sampled_gradients(model: Transformer, tokens_BS: Tensor, controls: RouterControls | None,
+                      generator: torch.Generator, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of the mean cross-entropy on sampled labels: at every position, without the router's losses.
+
+    B * S times their squares are, in the mean over labels, the Gauss-Newton diagonal of that cross-entropy.
+    Labels, and in training mode the router's noise, come from ``generator``. Nothing else is touched: no
+    ``.grad``, no counter, no other random stream. None where a parameter has no part in the loss.
+    """
+    logits_BSV = model(tokens_BS, controls=controls, generator=generator, return_logits=True).logits_BSV.float()
+    labels_BS = sample_labels(logits_BSV.detach(), generator)
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+    return list(torch.autograd.grad(loss, list(params), allow_unused=True))

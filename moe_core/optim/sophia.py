@@ -1,0 +1,43 @@
+"""SophiaG: momentum over curvature, clipped element by element (Liu et al. 2023, arXiv:2305.14342).
+
+The curvature is the Gauss-Newton diagonal of the mean cross-entropy. It is estimated from time to time by
+``bs * ghat^2``, where ``ghat`` is the gradient of that mean over ``bs`` predictions whose labels were drawn
+from the model's own logits (:mod:`moe_core.optim.hessian`). There is no bias correction: until the first
+estimate every element that has momentum moves by the full rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from moe_core.optim.rule import Group, Rule, State, tensor_state, with_gradient
+
+
+def _update(group: Group, state: State) -> None:
+    lr, (beta1, _) = group["lr"], group["betas"]
+    for p, g in with_gradient("SophiaG", group):
+        momentum, hessian = tensor_state(state, p, "momentum", "hessian")
+        momentum.lerp_(g, 1 - beta1)
+        # clamp(m / d, -1, 1) is sign(m) min(|m| / d, 1): d is never negative.
+        bound = hessian.mul(group["rho"] * group["bs"]).add_(group["eps"])
+        p.mul_(1 - lr * group["weight_decay"])
+        p.add_(momentum.div(bound).clamp_(-1, 1), alpha=-lr)
+
+
+def absorb_estimate(group: Group, state: State, ghats: Iterable[Tensor | None]) -> None:
+    """``h = b2 h + (1 - b2) ghat^2`` for each parameter of the group; None leaves its h alone."""
+    beta2 = group["betas"][1]
+    for p, ghat in zip(group["params"], ghats, strict=True):
+        if ghat is not None:
+            _, hessian = tensor_state(state, p, "momentum", "hessian")
+            hessian.mul_(beta2).addcmul_(ghat, ghat, value=1 - beta2)
+
+
+SOPHIA = Rule(
+    name="SophiaG",
+    # bs has no default that could be right: it is the size of the caller's Hessian pass.
+    defaults={"lr": 1e-3, "weight_decay": 0.2, "betas": (0.965, 0.99), "rho": 0.1, "eps": 1e-15, "bs": None},
+    update=_update,
+)
