@@ -80,8 +80,8 @@ class KnobControl:
 
     def _status(self, pending: bool) -> str:
         if self._refused:
-            words = html.escape(self._refused)
-            return f'<span class="moe-error" role="alert" title="{words}">{words}</span>'
+            return (f'<span class="moe-error" role="alert" title="{html.escape(self._refused)}">'
+                    f"must be {self.knob.low:g} to {self.knob.high:g}</span>")
         if pending:
             return '<span class="moe-pending" title="Waits for the next step boundary">(pending)</span>'
         if self._aiming:
@@ -113,7 +113,7 @@ class KnobControl:
             else:
                 self.knob.hold(value)
         except KnobError as error:
-            self._refused = f"refused: {str(error).partition(': ')[2] or error}"
+            self._refused = str(error)
             self._put_value(self.knob.value if self.knob.target is None else self.knob.target)
             raise
         self._aiming = False

@@ -46,8 +46,7 @@ class PanelFigure(go.FigureWidget):
         self._guard = threading.RLock()
         self._drawn: Callable[[int], None] = lambda edit_id: None
         super().__init__(*args, **kwargs)
-        self._config = {"displaylogo": False, "responsive": True,
-                        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+        self._config = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
     def set_state(self, sync_data):
         # While a message is taken in, traitlets holds all notifications of this object, those of another
@@ -167,7 +166,10 @@ class Live:
 
     def _parts(self) -> tuple[list[dict], dict]:
         feed = self._feed
-        return panel_parts(feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS)
+        traces, layout = panel_parts(feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS)
+        # A figure left to size itself takes the size of the moment it is made, before it is in the page, and
+        # later follows the window but no side bar.
+        return traces, layout | {"width": self._width, "autosize": False}
 
     def _send(self) -> None:
         traces, layout = self._parts()

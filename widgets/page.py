@@ -8,7 +8,7 @@ from traitlets import Int
 _ESM = """
 export default {
   render({ model, el }) {
-    let panel = null;
+    let panel = null, timer = 0;
     const say = (name, value) => {
       if (model.get(name) !== value) { model.set(name, value); model.save_changes(); }
     };
@@ -38,11 +38,12 @@ export default {
         name();
         say("focus", -1);
       }
-      const width = 50 * Math.round(entry.contentRect.width / 50);
-      if (width > 0) say("width", width);
+      const width = 10 * Math.floor(entry.contentRect.width / 10);
+      clearTimeout(timer);
+      if (width > 0) timer = setTimeout(say, 150, "width", width);  // once, when a side bar has come to rest
     });
     size.observe(el);
-    return () => { size.disconnect(); names.disconnect(); };
+    return () => { clearTimeout(timer); size.disconnect(); names.disconnect(); };
   },
 };
 """
@@ -72,11 +73,11 @@ _CSS = """
 .moe-workbench progress::-moz-progress-bar { background: #2e9e5b; }
 .moe-knobs { border: solid var(--jp-border-color2); border-width: 1px 0; padding: 6px 0; overflow: hidden; }
 .moe-knob { display: grid !important; align-items: center; gap: 0 10px; overflow: hidden;
-  grid-template-columns: minmax(260px, 1fr) 82px 82px 82px minmax(330px, 1.2fr);
+  grid-template-columns: minmax(206px, 1fr) 74px 78px 70px minmax(322px, 1.1fr);
   --jp-widgets-inline-height: 24px; }
 .moe-knob > * { margin: 2px 0; width: auto; min-width: 0; }
-.moe-knob .widget-slider .widget-label { width: 136px; text-align: left; color: var(--jp-ui-font-color1); }
-.moe-knob-says { display: grid; grid-template-columns: 82px 108px 1fr; gap: 0 8px;
+.moe-knob .widget-slider .widget-label { width: 134px; text-align: left; color: var(--jp-ui-font-color1); }
+.moe-knob-says { display: grid; grid-template-columns: 76px 102px 1fr; gap: 0 8px;
   font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color2); font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .moe-knob-says > span { overflow: hidden; text-overflow: ellipsis; }
@@ -92,10 +93,10 @@ _CSS = """
 .moe-log { max-height: 108px; overflow-y: auto; font-family: var(--jp-code-font-family);
   font-size: 11px; line-height: 1.5; color: var(--jp-ui-font-color2); }
 .moe-log div { display: grid; grid-template-columns: 64px 1fr; overflow-wrap: anywhere; }
-@container (max-width: 820px) {
-  .moe-knob { grid-template-columns: minmax(200px, 1fr) 82px 82px 82px; padding: 2px 0; }
+@container (max-width: 800px) {
+  .moe-knob { grid-template-columns: minmax(200px, 1fr) 74px 78px 72px; padding: 2px 0; }
   .moe-knob-text { grid-column: 1 / -1; }
-  .moe-knob-says { padding-left: 136px; }
+  .moe-knob-says { padding-left: 132px; }
 }
 @container (max-width: 520px) {
   .moe-knob { grid-template-columns: 1fr 1fr 1fr; }
@@ -106,7 +107,7 @@ _CSS = """
 
 
 class Page(anywidget.AnyWidget):
-    """Lies in the panel, unseen. ``width``: the panel's, in pixels, rounded to 50; 0 until a page shows it.
+    """Lies in the panel, unseen. ``width``: the panel's, in pixels, rounded to 10; 0 until a page shows it.
 
     ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none.
     """
