@@ -6,6 +6,7 @@ tensors, numbers and names, so that copies, ``state_dict`` and ``torch.load(weig
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -87,13 +88,16 @@ class MixedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update_hessian(self, ghats: Sequence[Tensor | None]) -> None:
-        """Take in one estimate, a gradient on sampled labels for each of :meth:`hessian_params`.
+        """Take in one estimate, a gradient on sampled labels for each of :meth:`hessian_params`; None leaves one out.
 
         Every group's ``bs`` must be the number of predictions that the gradient is a mean over.
         """
+        groups = self._sophia_groups()
+        if len(ghats) != (wanted := sum(len(group["params"]) for group in groups)):
+            raise ValueError(f"{len(ghats)} estimates for {wanted} parameters: must be one for each, or None")
         rest = iter(ghats)
-        for group in self._sophia_groups():
-            absorb_estimate(group, self.state, [next(rest) for _ in group["params"]])
+        for group in groups:
+            absorb_estimate(group, self.state, itertools.islice(rest, len(group["params"])))
 
 
 class _OneRule(MixedOptimizer):

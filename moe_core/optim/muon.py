@@ -30,8 +30,8 @@ _BATCH_ELEMENTS_CPU, _BATCH_ELEMENTS = 1 << 21, 1 << 25
 def newton_schulz(x_NRC: Tensor) -> Tensor:
     """Push the singular values of each matrix to around 1, in the dtype of ``x_NRC``; quickest where R <= C.
 
-    They must be at most 1, which dividing by the Frobenius norm ensures. Those above 0.005 end in
-    [0.65, 1.2]; smaller ones grow by a factor of up to 485.
+    They must be at most 1, which dividing by the Frobenius norm ensures. In exact arithmetic those above
+    0.002 end in [0.68, 1.21]; smaller ones grow by a factor of up to 485.
     """
     a, b, c = COEFFICIENTS
     for _ in range(STEPS):
