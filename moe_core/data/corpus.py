@@ -26,10 +26,9 @@ ROW_SUFFIXES = (".jsonl", ".parquet")  # one document a row, in the column text_
 SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
 _LISTED = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
-# Not prose of the library: other people's packages, tests (not installed everywhere), generated tables.
-_SKIPPED_FOLDERS = re.compile(r"(site|dist)-packages|lib-dynload|tests?|idle_test|__pycache__|encodings|"
-                              r"pydoc_data|config-.*")
-_SKIPPED_FILES = re.compile(r"_sysconfigdata.*|(site|user)customize\.py|entities\.py")
+# Not the library itself: other people's packages, tests (not installed everywhere), this build's settings.
+_SKIPPED_FOLDERS = re.compile(r"(site|dist)-packages|lib-dynload|tests?|idle_test|__pycache__|config-.*")
+_SKIPPED_FILES = re.compile(r"_sysconfigdata.*|(site|user)customize\.py")
 
 
 class DataError(ValueError):
