@@ -20,7 +20,7 @@ from widgets.series import POINTS, Shares, thin
 
 # Petroff, "Accessible Color Sequences for Data Visualization" (2021), the sequence of eight; its khaki and
 # its pale blue are darker here: a notebook's page is white or black, and its charts cannot know which.
-PALETTE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#a5a56f", "#6fb7d2", "#578dff", "#6b696a")
+PALETTE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#969662", "#60bcbe", "#578dff", "#6b696a")
 BLUE, ORANGE, MAGENTA, GREY = "#578dff", "#ff5e02", "#c849a9", "#888888"
 STARVED, FAIR, CROWDED = "#2166ac", "#dddddd", "#d6541f"
 STEP, SHARE = "optimizer step", "share of assignments"

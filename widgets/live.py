@@ -17,9 +17,11 @@ from copy import deepcopy
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
 from traitlets import Dict, observe
 
+from moe_core.session import BUSY
 from widgets.feed import Feed
 from widgets.figures import WIDTH, panel_parts
 
@@ -30,7 +32,7 @@ PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many af
 RARELY = 30.0  # seconds between two updates when none was answered for long
 TRIES = 5  # unanswered updates without news after which only a browser's call brings another
 LIVE_POINTS = 600  # of a line: more than it has pixels, in most windows
-MARKS = ("text", "marker.symbol")  # lists of a trace, as long as its arrays
+MOVING = ("x", "y", "z", "customdata", "text", "marker.symbol", "marker.opacity")  # what grows in a trace
 
 
 class PanelFigure(go.FigureWidget):
@@ -40,6 +42,7 @@ class PanelFigure(go.FigureWidget):
     that a training thread in the same process would feel; nothing here reads them.
     """
 
+    _set_trace_uid = False  # the charts' own say what a trace is
     _js2py_traceDeltas = Dict(allow_none=True).tag(sync=True, echo_update=False, **custom_serializers)
 
     def __init__(self, *args, **kwargs):
@@ -59,6 +62,12 @@ class PanelFigure(go.FigureWidget):
         if change["new"]:
             self._drawn(change["new"]["trace_edit_id"])
             self._js2py_traceDeltas = None
+
+    def send_whole(self) -> None:
+        """Send everything that moves. Plotly sends what has changed, which a page loaded since cannot build on."""
+        restyle = {path: [_at(trace, path) for trace in self._data] for path in MOVING}
+        titles = {f"annotations[{i}].text": note.text for i, note in enumerate(self.layout.annotations)}
+        self._send_update_msg(restyle, titles, list(range(len(self.data))))
 
     def keep(self) -> None:
         """Make what is shown the state that a page gets when it is loaded anew."""
@@ -87,7 +96,7 @@ class Live:
         self._took: deque[float] = deque(maxlen=5)  # seconds from an update to its answer
         self._sent_at, self._waiting, self._unanswered = 0.0, set(), 0  # waiting: edit ids without an answer
         self._stale, self._kept = False, True  # there is something to show; a new page gets what is shown
-        self._warming = False
+        self._warming = self._reloaded = False
         self._wanted: deque[tuple[str, int | None]] = deque()
         self._wake, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="moe-panel", daemon=True)
@@ -145,7 +154,7 @@ class Live:
             else:
                 self._feed.select(value)
             asked = True
-        resting = self._run.session.state not in ("training", "pausing")
+        resting = self._run.session.state not in BUSY
         if asked or self._due(resting):
             if self._feed.refresh() or asked:
                 self._stale = True
@@ -175,22 +184,25 @@ class Live:
         traces, layout = self._parts()
         figure = self.figure
         with figure._guard:
+            whole = self._reloaded or bool(self._waiting)
             self._unanswered = self._unanswered + 1 if self._waiting else 0
-            self._stale = self._kept = False
-            self._sent_at = time.perf_counter()
-            self._waiting.add(figure._last_trace_edit_id + 1)
+            self._stale = self._kept = self._reloaded = False
+            self._sent_at, before = time.perf_counter(), figure._last_trace_edit_id
             with figure.batch_update():
                 for shown, old, new in zip(figure.data, self._traces, traces, strict=True):
                     for path, value in _changes(old, new):
                         shown[path] = value
                 for path, value in _changes(self._layout, layout):
                     figure.layout[path] = value
+            if whole:
+                figure.send_whole()
             self._traces, self._layout = traces, layout
+            self._waiting.update(range(before + 1, figure._last_trace_edit_id + 1))
 
     def _on_drawn(self, edit_id: int) -> None:
         """The browser has drawn. Called on the kernel's thread for messages, under the figure's guard."""
         if edit_id not in self._waiting:  # a page that was just loaded: it shows the state that was kept last
-            self._stale = self._warming = True
+            self._stale = self._warming = self._reloaded = True
             self.wake()
         elif edit_id == self.figure._last_trace_edit_id:
             self._waiting.clear()
@@ -201,16 +213,20 @@ class Live:
         self._unanswered = 0
 
 
-def _changes(old, new, path: str = "") -> Iterator[tuple[str, object]]:
-    """What to set, by plotly's dotted path, to make ``old`` into ``new``.
+def _at(trace: dict, path: str):
+    """What a trace has at a dotted path; plotly's mark for nothing where it has no such thing."""
+    for key in path.split("."):
+        trace = trace.get(key, Undefined) if isinstance(trace, dict) else Undefined
+    return trace
 
-    Arrays and texts are always set: a page that was loaded since has an older state, and must not keep it.
-    """
+
+def _changes(old, new, path: str = "") -> Iterator[tuple[str, object]]:
+    """What to set, by plotly's dotted path, to make ``old`` into ``new``."""
     if isinstance(new, dict):
         for key, value in new.items():
             yield from _changes(old[key], value, f"{path}.{key}" if path else key)
     elif isinstance(new, list) and new and isinstance(new[0], dict):
         for i, value in enumerate(new):
             yield from _changes(old[i], value, f"{path}[{i}]")
-    elif isinstance(new, np.ndarray) or path in MARKS or path.endswith("].text") or new != old:
+    elif isinstance(new, np.ndarray) or new != old:  # plotly itself leaves out an array that is the same
         yield path, new

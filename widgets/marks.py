@@ -1,4 +1,4 @@
-"""What happened, on the step axis: every knob change, note and failure as a mark that says what it was."""
+"""What happened, on the step axis: every turn of a knob, note and the rest as a mark that says what it was."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ KNOB_TITLES = {
     "lr_scale": "Learning-rate scale",
     "grad_clip": "Gradient clip",
 }
-SYMBOLS = {"knob": "diamond", "note": "circle"}
-OTHER_SYMBOL = "x"  # of a kind that is neither: it stopped training
+# What a mark shows, the first of these that it stands for; a kind that is none of them went wrong, and comes
+# before all.
+SYMBOLS = {"knob": "diamond", "note": "circle", "branch": "triangle-up", "checkpoint": "square"}
+WRONG = "x"
 WRAP = 56  # characters a line of hover text
 
 
@@ -41,7 +43,7 @@ class Marks:
         steps = sorted(at)
         return cls(
             tuple(steps),
-            tuple(SYMBOLS.get(_gravest([e["kind"] for e in at[step]]), OTHER_SYMBOL) for step in steps),
+            tuple(_symbol({event["kind"] for event in at[step]}) for step in steps),
             tuple("<br>".join([f"<b>step {step}</b>", *(wrap(say(event)) for event in at[step])])
                   for step in steps))
 
@@ -62,8 +64,9 @@ class Marks:
 def say(event: dict) -> str:
     """One event in words, as plain text: nothing in it is HTML yet."""
     if event["kind"] != "knob":
-        kind, text = event["kind"].capitalize(), event.get("text")
-        return f"{kind}: {text}" if isinstance(text, str) else kind
+        said = next((event[key] for key in ("text", "name") if isinstance(event.get(key), str)), None)
+        kind = event["kind"].capitalize()
+        return kind if said is None else f"{kind}: {said}"
     title = KNOB_TITLES.get(event["name"], str(event["name"]))
     if event["mode"] == "follow":
         return f"{title}: follows its schedule"
@@ -80,6 +83,5 @@ def wrap(text: str) -> str:
     return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
-def _gravest(kinds: list[str]) -> str:
-    """The kind that a mark shows: a failure before a turn of a knob, a turn before a note."""
-    return next((kind for kind in kinds if kind not in SYMBOLS), "knob" if "knob" in kinds else "note")
+def _symbol(kinds: set[str]) -> str:
+    return WRONG if kinds - SYMBOLS.keys() else next(s for kind, s in SYMBOLS.items() if kind in kinds)

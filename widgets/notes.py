@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import ipywidgets as ipw
 
-from widgets.marks import say
+from widgets.marks import SYMBOLS, say
 
 LINES = 100
 
@@ -41,7 +41,7 @@ class Log:
         for event in sorted(events, key=lambda event: event["id"])[-LINES:]:
             what = say({**event, **event["payload"]})
             self.write(f"{what} · {'applied at step' if event['kind'] == 'knob' else 'step'} {event['step']}",
-                       error=event["kind"] not in ("knob", "note"), at=event["applied"])
+                       error=event["kind"] not in SYMBOLS, at=event["applied"])
 
     def guarded(self, handler: Callable) -> Callable:
         """``handler``, with what it raises written here: a refused value in its own words, and all else."""

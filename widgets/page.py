@@ -63,7 +63,7 @@ _CSS = """
 .moe-state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   margin-right: 6px; background: var(--jp-ui-font-color3); }
 .moe-state-training::before { background: #2e9e5b; }
-.moe-state-pausing::before, .moe-state-paused::before { background: #d98200; }
+.moe-state-pausing::before, .moe-state-paused::before, .moe-state-moving::before { background: #d98200; }
 .moe-state-failed::before { background: #d13438; }
 .moe-error { color: var(--jp-error-color1, #d13438); }
 .moe-workbench progress { appearance: none; display: block; width: 100%; height: 4px; border: 0;

@@ -1,0 +1,164 @@
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from widgets import charts
+from widgets.figures import figure, panel_figure, panel_parts
+from widgets.marks import Marks
+from widgets.series import Shares
+
+
+@pytest.fixture
+def data(request):
+    """Metrics, experts and events of 40 steps of a made-up run with L = 3 and E = 4, of which a tenth is dropped."""
+    rng = np.random.default_rng(0)
+    demand = rng.dirichlet(np.ones(4), (40, 3)).astype(np.float32)
+    step, layer, expert = (index.ravel() for index in np.indices((40, 3, 4)))
+    experts = pd.DataFrame({"step": step + 1, "layer": layer, "expert": expert,
+                            "demand": demand.ravel(), "served": 0.9 * demand.ravel()})
+    names = ["train/loss", "train/ce", "val/loss", "grad/norm", "grad/clipped_cum", "router/aux_mean",
+             "router/max_frac_max"] + [
+        f"router/{name}_mean{suffix}" for name in ("entropy", "top1_p", "max_frac", "drop_frac")
+        for suffix in ("", "/layer_0", "/layer_1", "/layer_2")]
+    metrics = pd.DataFrame(rng.random((40, len(names))), columns=names, index=pd.Index(range(1, 41), name="step"))
+    metrics.loc[metrics.index % 10 != 0, "val/loss"] = np.nan
+    events = pd.DataFrame([dict(step=7, kind="knob", name="router_temp", mode="hold", value=2.0, text=None),
+                           dict(step=30, kind="note", text="look")])
+    return metrics, experts, events
+
+
+def by_uid(fig):
+    return {trace.uid: trace for trace in fig.data}
+
+
+def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
+    """Each expert's solid line is its served share and its dotted one its demand, of the selected layers."""
+    metrics, experts, events = data
+    for layer in (None, 2):
+        shown = by_uid(panel_figure(metrics, experts, events, layer=layer))
+        chosen = experts if layer is None else experts[experts.layer == layer]
+        mean = chosen.groupby(["step", "expert"])[["demand", "served"]].mean().unstack()
+        for expert in range(4):
+            for kind, dash in (("served", "solid"), ("demand", "dot")):
+                line = shown[f"expert-{expert}-{kind}"]
+                np.testing.assert_allclose(line.y, mean[kind][expert], rtol=1e-5)
+                assert (line.x.tolist(), line.line.dash) == (list(range(1, 41)), dash)
+        np.testing.assert_allclose(shown["utilisation-served"].y, mean["served"].iloc[-1], rtol=1e-5)
+        name = "router/entropy_mean" + ("" if layer is None else f"/layer_{layer}")
+        np.testing.assert_allclose(shown["entropy"].y, metrics[name], rtol=1e-6)
+    last = experts[experts.step == 40].pivot(index="layer", columns="expert", values="served")
+    np.testing.assert_allclose(np.array(shown["heatmap"].z, float), last, rtol=1e-6)
+    assert shown["val-loss"].x.tolist() == [10, 20, 30, 40]
+    np.testing.assert_allclose(shown["clip-ratio"].y, metrics["grad/clipped_cum"] / metrics.index, rtol=1e-5)
+
+
+def test_an_expert_has_one_colour_everywhere(data):
+    metrics, experts, events = data
+    shown = by_uid(panel_figure(metrics, experts, events))
+    for expert in range(4):
+        color = shown[f"expert-{expert}-served"].line.color
+        assert shown[f"expert-{expert}-demand"].line.color == color
+        assert shown["utilisation-served"].marker.color[expert] == color
+
+
+def test_the_fair_share_is_drawn_at_one_over_the_number_of_experts(data):
+    metrics, experts, events = data
+    rules = [shape for shape in panel_figure(metrics, experts, events).layout.shapes if shape.y0 == 0.25]
+    assert [shape.label.text for shape in rules] == ["1/4"] * 3
+    assert all(shape.y1 == 0.25 for shape in rules)
+
+
+def test_every_step_axis_has_every_mark_and_all_move_together(data):
+    metrics, experts, events = data
+    fig = panel_figure(metrics, experts, events)
+    marks = [trace for trace in fig.data if trace.uid.endswith("-marks")]
+    assert len(marks) == 5
+    for trace in marks:
+        axis = fig.layout["xaxis" + trace.xaxis[1:]]
+        assert axis.title.text == "optimizer step"
+        assert trace.xaxis == "x" or axis.matches == "x"
+        assert trace.x[trace.y == 0].tolist() == [7, 30]
+        assert "Router temperature: held at 2" in trace.text[0]
+
+
+@pytest.mark.parametrize("width", (400, 700, 850, 1100, 1600))
+def test_no_two_charts_overlap_and_each_axis_says_what_it_measures(data, width):
+    fig = panel_figure(*data, width=width)
+    boxes = []
+    for trace in fig.data:
+        x, y = (fig.layout[f"{a}axis{trace[f'{a}axis'][1:]}"] for a in "xy")
+        if y.overlaying is None:
+            boxes.append((*x.domain, *y.domain))
+            assert y.title.text
+            assert x.title.text
+    boxes = sorted(set(boxes))
+    assert len(boxes) == 7
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] or b[3] <= a[2]
+    assert all(0 <= edge <= 1 for box in boxes for edge in box)
+
+
+def test_one_chart_alone_is_the_chart_of_the_panel(data):
+    metrics, experts, events = data
+    panel = by_uid(panel_figure(metrics, experts, events, layer=1))
+    alone = by_uid(figure(charts.expert_lines(experts, layer=1), Marks.of(events)))
+    assert len(alone) == 9
+    for uid, trace in alone.items():
+        np.testing.assert_array_equal(trace.y, panel[uid].y)
+
+
+def test_a_dense_run_has_no_expert_charts(data):
+    metrics, _, events = data
+    dense = metrics[[name for name in metrics if not name.startswith("router/")]]
+    shown = by_uid(panel_figure(dense, None, events))
+    assert set(shown) == {"loss-marks", "train-loss", "val-loss", "clipping-marks", "grad-norm", "clip-ratio"}
+
+
+def test_an_untrained_run_draws_empty_charts(data):
+    metrics, experts, events = data
+    nothing = Shares.of(np.zeros(0, np.int64), np.zeros((0, 2, 3, 4), np.float32))
+    traces, layout = panel_parts(metrics.iloc[:0], nothing, Marks())
+    full, same = panel_parts(metrics, Shares.from_frame(experts), Marks.of(events))
+    assert [trace["uid"] for trace in traces] == [trace["uid"] for trace in full]  # so that they can grow in place
+    assert layout.keys() == same.keys()
+    assert all(len(trace["y"]) == 0 for trace in traces if trace["type"] == "scatter")
+    assert traces[[trace["uid"] for trace in traces].index("heatmap")]["z"][0][0] is None
+
+
+def test_experts_can_be_told_apart_by_colour_blind_readers_on_white_and_on_black():
+    """The eight colours differ for three kinds of colour blindness, and stand out from either page.
+
+    The simulation is that of Machado, Oliveira and Fernandes (2009) at full strength; the distance is CIE76,
+    where 2.3 is just noticeable; contrast is that of WCAG 2.
+    """
+    seen_as = {
+        "normal": np.eye(3),
+        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    }
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+    def linear(colors):
+        rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colors]) / 255
+        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+    def lab(rgb):
+        f = np.cbrt(np.clip(rgb, 1e-4, 1) @ to_xyz.T / [0.9505, 1, 1.089])
+        return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+    colors = linear(charts.expert_colors(8))
+    for kind, matrix in seen_as.items():
+        points = lab(colors @ np.array(matrix).T)
+        nearest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(points, 2))
+        assert nearest > 14, kind
+    light, page = colors @ to_xyz[1], linear(["#111111"]) @ to_xyz[1]
+    assert (1.05 / (light + 0.05)).min() > 2.2
+    assert ((light + 0.05) / (page + 0.05)).min() > 2.8
+
+
+@pytest.mark.parametrize("n_experts", (1, 8, 16, 64))
+def test_no_two_experts_share_a_colour(n_experts):
+    assert len(set(charts.expert_colors(n_experts))) == n_experts

@@ -1,0 +1,147 @@
+import threading
+
+import pytest
+
+from widgets.controls import KnobControl
+from widgets.notes import Log, NoteBox
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Makes a run's training wait before its next step until the returned event is set."""
+    def hold(run):
+        gate, advance = threading.Event(), run.advance
+        monkeypatch.setattr(run, "advance", lambda: gate.wait(20) and advance())
+        return gate
+    return hold
+
+
+def control_of(run, name, log=None):
+    return KnobControl(run.knobs[name], log or Log())
+
+
+def test_a_turn_is_pending_until_it_is_applied_at_a_step(tiny_run, held):
+    """Turned in mid-step: pending, then applied at the next step; rows have the value from that step on."""
+    run = tiny_run()
+    control, gate = control_of(run, "router_temp"), held(run)
+    run.session.start(6)
+    control.slider.value = 2.5
+    assert "(pending)" in control.says.value
+    assert control.mode.value == "hold"
+    gate.set()
+    assert run.session.wait(20)
+    control.refresh()
+    event, = run.events().to_dict("records")
+    assert (event["name"], event["mode"], event["value"]) == ("router_temp", "hold", 2.5)
+    assert f"applied at step {event['step']}" in control.says.value
+    assert event["asked"] <= event["applied"]
+    held_from = run.metrics()["router/temp"]
+    assert (held_from.loc[event["step"] :] == 2.5).all()
+    assert (held_from.loc[: event["step"] - 1] != 2.5).all()
+
+
+def test_a_turn_at_rest_is_applied_to_the_next_step(tiny_run):
+    run = tiny_run()
+    control = control_of(run, "grad_clip")
+    run.step(2)
+    control.number.value = 0.25
+    assert "applied at step 3" in control.says.value
+    assert control.slider.value == 0.25
+
+
+def test_a_wrong_value_is_refused_where_it_is_typed(tiny_run):
+    run, log = tiny_run(), Log()
+    control = control_of(run, "load_balance_alpha", log)
+    control.number.value = -1
+    assert "must be 0 to 100" in control.says.value
+    assert "load_balance_alpha = -1.0: must be a number from 0 to 100" in log.widget.value
+    assert control.number.value == pytest.approx(run.config.router.load_balance_alpha)
+    assert run.events().empty
+    control.number.value = 0.3
+    assert "must be" not in control.says.value
+    assert run.knobs["load_balance_alpha"].value == 0.3
+
+
+def test_a_ramp_waits_for_its_target(tiny_run):
+    """Choosing ramp turns nothing; the value that is set next is ramped to, over the length beside it."""
+    run = tiny_run()
+    control = control_of(run, "lr_scale")
+    assert control.over.layout.visibility == "hidden"
+    control.mode.value = "ramp"
+    assert control.over.layout.visibility == "visible"
+    assert run.events().empty
+    control.refresh()
+    assert control.mode.value == "ramp"
+    control.over.value = 4
+    control.slider.value = 0.2
+    run.step(5)
+    lr_scale = run.metrics()["lr_scale"]
+    assert lr_scale.to_list() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
+    assert len(run.events()) == 1
+
+
+def test_hold_keeps_the_present_value_and_follow_goes_back(tiny_run):
+    run = tiny_run()
+    control = control_of(run, "router_temp")
+    run.step(3)
+    present = run.knobs["router_temp"].value
+    control.mode.value = "hold"
+    run.step(2)
+    assert run.knobs["router_temp"].value == present != run.knobs["router_temp"].scheduled
+    control.mode.value = "follow"
+    assert run.knobs["router_temp"].value == run.knobs["router_temp"].scheduled
+    assert run.events()["mode"].to_list() == ["hold", "follow"]
+
+
+def test_a_turn_from_a_cell_shows_in_the_panel_and_turns_nothing_else(tiny_run):
+    """Moving a control to what the run says is nobody's wish: it writes no event."""
+    run = tiny_run()
+    control = control_of(run, "router_z_loss_coef")
+    run.knobs["router_z_loss_coef"].hold(1.5)  # beyond the slider's range
+    control.refresh()
+    assert (control.slider.value, control.number.value, control.mode.value) == (1.5, 1.5, "hold")
+    run.step(1)
+    control._pushed_at = -10
+    run.knobs["router_z_loss_coef"].follow()
+    control.refresh()
+    assert control.mode.value == "follow"
+    assert control.number.value == run.knobs["router_z_loss_coef"].scheduled
+    assert len(run.events()) == 2
+
+
+def test_a_row_that_has_the_focus_does_not_move(tiny_run):
+    """A schedule that goes on does not overwrite what a person is typing."""
+    run = tiny_run()
+    control = control_of(run, "router_temp")
+    before = control.number.value
+    run.step(3)
+    control._pushed_at = -10
+    control.refresh(focused=True)
+    assert control.number.value == before
+    control.refresh()
+    assert control.number.value == pytest.approx(run.knobs["router_temp"].value, rel=1e-3)
+
+
+def test_a_note_is_pinned_to_the_step_it_was_made_at(tiny_run):
+    run, log = tiny_run(), Log()
+    box = NoteBox(run, log)
+    run.step(2)
+    box.text.value = "  "
+    box.button.click()
+    assert run.events().empty
+    box.text.value = "look <here>"
+    box.button.click()
+    note, = run.events().to_dict("records")
+    assert (note["kind"], note["step"], note["text"]) == ("note", 2, "look <here>")
+    assert box.text.value == ""
+
+
+def test_the_log_shows_what_a_handler_raises_escaped_and_forgets_the_oldest():
+    log = Log(lines=3)
+    for i in range(5):
+        log.guarded(lambda i=i: {}[f"<b>{i}</b>"])()
+    shown = log.widget.value
+    assert "<b>" not in shown
+    assert [f"&lt;b&gt;{i}&lt;/b&gt;" in shown for i in range(5)] == [False, False, True, True, True]
+    assert shown.index("&gt;4&lt;") < shown.index("&gt;3&lt;")  # the newest is on top
+    assert "KeyError" in shown
