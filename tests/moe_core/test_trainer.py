@@ -169,7 +169,8 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dropless=False, top_k=2)])
+@pytest.mark.parametrize("changes", [{}, dict(dropless=False, top_k=2),
+                                     dict(optimizer="muon_sophia", sophia_k=1, starved_experts="skip")])
 def test_a_step_reads_nothing_back_but_its_one_report(make, changes):
     """No .item() and no data-dependent shape from the forward to the update; the report is one .cpu()."""
     trainer = make(eval_interval=0, grad_clip=1e6, **changes)
