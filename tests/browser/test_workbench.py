@@ -1,0 +1,118 @@
+import re
+import time
+
+from moe_core.store import RunStore
+
+
+def until(true, what, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+    return value
+
+
+def run_all(page, address):
+    """Open the notebook, and run all of it once its kernel is connected."""
+    page.goto(address)
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    sessions = address.split("/lab/")[0] + "/api/sessions"
+    until(lambda: [s for s in page.request.get(sessions).json() if s["kernel"]["connections"]
+                   and s["kernel"]["execution_state"] == "idle"], "a kernel")
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator('[data-command="runmenu:run-all"]').click()
+
+
+def points(page):
+    """How many points the first expert's line has in the browser."""
+    return page.evaluate("""() => {
+        const plot = document.querySelector('.js-plotly-plot');
+        const line = plot && plot.data && plot.data.find(t => t.uid === 'expert-0-served' || t.name === '0');
+        return line && line.x ? line.x.length : 0; }""")
+
+
+def state(page):
+    return page.locator(".moe-state").inner_text()
+
+
+def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_hold(lab, page, tmp_path):
+    """The first notebook in a real page: Run All, turn, read where it took hold, pause, note, reload, go on."""
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    run_all(page, lab("01_workbench.ipynb"))
+    page.locator(".js-plotly-plot").wait_for(timeout=120_000)
+    until(lambda: points(page) > 45, "lines that grow past the first chunk")
+
+    # The kernel is busy waiting in a cell, and the model trains: the slider must answer all the same.
+    assert state(page) == "training"
+    knob = page.locator(".moe-knob").filter(has=page.get_by_text("Router temperature", exact=True))
+    handle = knob.locator(".noUi-handle[role=slider]")
+    handle.focus()
+    for _ in range(3):
+        handle.press("PageDown")
+    applied = until(lambda: re.search(r"applied at step (\d+)", knob.inner_text()), "applied at step N")
+    step = int(applied[1])
+
+    store = RunStore.open(tmp_path / "runs" / "first")
+    turned = [e for e in store.read_events() if e["kind"] == "knob" and e["payload"]["name"] == "router_temp"]
+    assert turned[-1]["step"] == step
+    until(lambda: store.last_step() >= step + 2, "two steps with the new temperature")
+    rows = store.read_steps()
+    temps = dict(zip(rows.steps.tolist(), rows.column("router/temp").tolist(), strict=True))
+    value = turned[-1]["payload"]["value"]
+    assert abs(temps[step] - value) < 1e-6 and abs(temps[step + 1] - value) < 1e-6
+    first = turned[0]["step"]
+    assert abs(temps[first - 1] - value) > 0.01, "before the first turn the schedule held"
+    shown = float(knob.locator("input[type=number]").first.input_value())
+    assert abs(shown - value) < 1e-3
+
+    before = points(page)
+    until(lambda: points(page) > before, "lines that grow after the turn")
+
+    page.get_by_role("button", name="Pause").click()
+    until(lambda: state(page) == "paused", "paused")
+    at = store.last_step()
+    page.get_by_placeholder("A note, pinned to the current step").fill("a <b>bold</b> note & more")
+    page.get_by_role("button", name="Add note").click()
+    note = until(lambda: [e for e in store.read_events() if e["payload"].get("text") == "a <b>bold</b> note & more"],
+                 "the note in the store")
+    assert note[0]["step"] == at == store.last_step()
+
+    page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').click()
+    page.locator(".jp-mod-dirty").wait_for(state="detached")
+    page.reload()
+    page.locator(".js-plotly-plot").wait_for()
+    until(lambda: points(page) >= min(at, 900), "the whole history after a reload")
+    assert state(page) == "paused"
+    page.get_by_role("button", name="Step once").click()
+    until(lambda: store.last_step() == at + 1, "one step more")
+    chunk = page.locator(".moe-run input[type=number]").first
+    chunk.fill("8")
+    chunk.press("Enter")
+    page.locator(".moe-run").get_by_role("button", name=re.compile("^Run")).click()
+    until(lambda: store.last_step() == at + 9, "a chunk of eight")
+    until(lambda: points(page) >= min(at + 9, 900), "lines that grow after the reload")
+    until(lambda: state(page) == "idle", "idle")
+    store.close()
+    assert errors == []
+
+
+def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(lab, page):
+    """What a screen reader reads, and what a window of 1024 pixels shows."""
+    page.set_viewport_size({"width": 1024, "height": 900})
+    run_all(page, lab("01_workbench.ipynb"))
+    page.locator(".js-plotly-plot").wait_for()
+    unnamed = page.evaluate("""() => [...document.querySelectorAll(
+        '.moe-workbench button, .moe-workbench input, .moe-workbench select, .moe-workbench [role=slider]')]
+        .filter(e => e.offsetParent && !e.closest('.modebar') && !(
+            e.getAttribute('aria-label') || e.title || e.placeholder || e.textContent.trim()
+            || (e.labels && e.labels[0] && e.labels[0].textContent)))
+        .map(e => e.outerHTML.slice(0, 120))""")
+    assert unnamed == []
+    until(lambda: page.evaluate("""() => {
+        const edge = document.querySelector('.moe-workbench').getBoundingClientRect().right + 1;
+        return ![...document.querySelectorAll('.moe-workbench *')].map(e => [e, e.getBoundingClientRect()])
+            .some(([e, r]) => r.width && r.right > edge && !e.closest('svg')); }"""),
+          "nothing over the edge, once the figure knows its width")
+    page.get_by_role("button", name="Pause").click()
