@@ -73,8 +73,8 @@ class KnobControl:
                     self._pushed_at = now
                     self._put_value(knob.value)
             self.over.layout.visibility = "visible" if self.mode.value == "ramp" else "hidden"
-            says = (f'<div class="moe-knob-says"><span>now <b>{knob.value:.4g}</b></span>'
-                    f"<span>schedule {knob.scheduled:.4g}</span>{self._status(pending)}</div>")
+            says = (f'<div class="moe-knob-says"><span>now <b>{knob.value:.3g}</b></span>'
+                    f"<span>schedule {knob.scheduled:.3g}</span>{self._status(pending)}</div>")
             if self.says.value != says:
                 self.says.value = says
 

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from widgets import charts
 from widgets.charts import Chart
 from widgets.marks import Marks
-from widgets.series import POINTS, Shares
+from widgets.series import POINTS, Shares, within
 
 TEXT, GRID, RULE, MARK = "#808080", "rgba(128,128,128,0.2)", "rgba(128,128,128,0.75)", "#9467bd"
 FONT = {"family": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", "size": 11,
@@ -63,14 +63,20 @@ def panel_figure(metrics: pd.DataFrame, experts: pd.DataFrame | Shares | None = 
 
 
 def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, layer: int | None = None,
-                width: int = WIDTH, limit: int = POINTS) -> tuple[list[dict], dict]:
-    """:func:`panel_figure` as plain traces and layout, for whoever wants to see only what changed."""
+                width: int = WIDTH, limit: int = POINTS,
+                window: tuple[float, float] | None = None) -> tuple[list[dict], dict]:
+    """:func:`panel_figure` as plain traces and layout, for whoever wants to see only what changed.
+
+    ``window``: first and last step that the step axes show; lines are thinned to ``limit`` points inside it.
+    """
     columns = 3 if width >= WIDE else 2 if width >= MEDIUM else 1
+    metrics = metrics.iloc[within(metrics.index.to_numpy(), window)]
     loss, clip = charts.loss(metrics, limit), charts.clipping(metrics, limit)
     if shares is None or not shares.n_experts:
         return arrange(_flow([(loss, 1), (clip, 1)], min(columns, 2)), marks, width)
     n = shares.n_experts
-    lines, bars = charts.expert_lines(shares, layer, limit), charts.utilisation(shares, layer)
+    seen = shares.cut(within(shares.steps_n, window))
+    lines, bars = charts.expert_lines(seen, layer, limit), charts.utilisation(shares, layer)
     heat = charts.layer_heatmap(shares)
     router = charts.confidence(metrics, n, layer, limit)
     load = charts.concentration(metrics, n, layer, limit)
@@ -120,6 +126,12 @@ def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[
         if p.chart.legend:
             layout["legend"] |= {"x": (left + 8) / width, "y": 1 - (top[p.row] + TITLE - 4) / height}
     return traces, layout
+
+
+def step_axes(layout: dict) -> list[str]:
+    """The names of the x axes of a layout by :func:`arrange` that count optimizer steps."""
+    return [name for name, axis in layout.items()
+            if name.startswith("xaxis") and axis["title"]["text"] == charts.STEP]
 
 
 def _is_wide(chart: Chart) -> bool:

@@ -23,7 +23,7 @@ from traitlets import Dict, observe
 
 from moe_core.session import BUSY
 from widgets.feed import Feed
-from widgets.figures import WIDTH, panel_parts
+from widgets.figures import WIDTH, panel_parts, step_axes
 
 TICK = 0.25  # seconds between two looks at the run
 DRAWING_SHARE = 0.1  # of the time that may go into drawing
@@ -48,8 +48,10 @@ class PanelFigure(go.FigureWidget):
     def __init__(self, *args, **kwargs):
         self._guard = threading.RLock()
         self._drawn: Callable[[int], None] = lambda edit_id: None
+        self._zoomed: Callable[[dict], None] = lambda changes: None
         super().__init__(*args, **kwargs)
-        self._config = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+        self._config = {"displaylogo": False, "showSendToCloud": False,
+                        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
     def set_state(self, sync_data):
         # While a message is taken in, traitlets holds all notifications of this object, those of another
@@ -62,6 +64,12 @@ class PanelFigure(go.FigureWidget):
         if change["new"]:
             self._drawn(change["new"]["trace_edit_id"])
             self._js2py_traceDeltas = None
+
+    @observe("_js2py_relayout")
+    def _handler_js2py_relayout(self, change):
+        if change["new"]:
+            self._zoomed(change["new"]["relayout_data"])
+        super()._handler_js2py_relayout(change)
 
     def send_whole(self) -> None:
         """Send everything that moves. Plotly sends what has changed, which a page loaded since cannot build on."""
@@ -87,17 +95,17 @@ class Live:
                  news: Callable[[list[dict]], None] = lambda events: None,
                  report: Callable[[Exception], None] = lambda error: None):
         self._run, self._tick, self._report = run, tick, report
-        self._feed, self._width = Feed(run, news), WIDTH
+        self._feed, self._width, self._window = Feed(run, news), WIDTH, None
         self._feed.refresh()
         self._traces, self._layout = self._parts()
         self.figure = PanelFigure(self._traces, self._layout | {"template": "none"})
-        self.figure._drawn = self._on_drawn
+        self.figure._drawn, self.figure._zoomed = self._on_drawn, self._on_zoomed
         self.interval = FIRST  # seconds between two updates
         self._took: deque[float] = deque(maxlen=5)  # seconds from an update to its answer
         self._sent_at, self._waiting, self._unanswered = 0.0, set(), 0  # waiting: edit ids without an answer
         self._stale, self._kept = False, True  # there is something to show; a new page gets what is shown
         self._warming = self._reloaded = False
-        self._wanted: deque[tuple[str, int | None]] = deque()
+        self._wanted: deque[tuple[str, object]] = deque()
         self._wake, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._work, name="moe-panel", daemon=True)
 
@@ -115,13 +123,11 @@ class Live:
 
     def select(self, layer: int | None) -> None:
         """Show this layer, None for the mean of all."""
-        self._wanted.append(("layer", layer))
-        self.wake()
+        self._want("layer", layer)
 
     def resize(self, width: int) -> None:
         """Lay out for this many pixels."""
-        self._wanted.append(("width", width))
-        self.wake()
+        self._want("width", width)
 
     def close(self) -> None:
         """Stop following; the figure stays as it is. Waits for the thread."""
@@ -149,10 +155,10 @@ class Live:
         asked = False
         while self._wanted:
             name, value = self._wanted.popleft()
-            if name == "width":
-                self._width = value
-            else:
+            if name == "layer":
                 self._feed.select(value)
+            else:
+                setattr(self, f"_{name}", value)
             asked = True
         resting = self._run.session.state not in BUSY
         if asked or self._due(resting):
@@ -175,7 +181,8 @@ class Live:
 
     def _parts(self) -> tuple[list[dict], dict]:
         feed = self._feed
-        traces, layout = panel_parts(feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS)
+        traces, layout = panel_parts(feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS,
+                                     self._window)
         # A figure left to size itself takes the size of the moment it is made, before it is in the page, and
         # later follows the window but no side bar.
         return traces, layout | {"width": self._width, "autosize": False}
@@ -211,6 +218,21 @@ class Live:
                 self.interval = min(max(self.drawing / DRAWING_SHARE, SHORTEST), LONGEST)
             self._warming = False
         self._unanswered = 0
+
+
+    def _on_zoomed(self, changes: dict) -> None:
+        """A person has moved the step axis: draw what is in sight in full detail. As :meth:`_on_drawn`."""
+        steps = step_axes(self._layout)
+        for name in steps:
+            window = changes.get(f"{name}.range", (changes.get(f"{name}.range[0]"), changes.get(f"{name}.range[1]")))
+            if None not in window:
+                return self._want("window", tuple(window))
+        if any(changes.get(f"{name}.autorange") for name in steps):
+            self._want("window", None)
+
+    def _want(self, name: str, value) -> None:
+        self._wanted.append((name, value))
+        self.wake()
 
 
 def _at(trace: dict, path: str):

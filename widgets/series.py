@@ -36,6 +36,14 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray,
     return x[kept], y[kept]
 
 
+def within(steps: np.ndarray, window: tuple[float, float] | None) -> slice:
+    """Where ``steps``, sorted, lie in a window of the step axis, and one on either side, so that lines reach it."""
+    if window is None:
+        return slice(None)
+    first, last = np.searchsorted(steps, window[0]), np.searchsorted(steps, window[1], side="right")
+    return slice(max(int(first) - 1, 0), int(last) + 1)
+
+
 @dataclass(frozen=True)
 class Shares:
     """Every expert's share of the assignments: over steps for one layer selection, at the end in all layers.
@@ -74,6 +82,10 @@ class Shares:
     @property
     def n_experts(self) -> int:
         return self.now_2LE.shape[-1]
+
+    def cut(self, part: slice) -> Shares:
+        """Some of these steps; what is at the last of all stays."""
+        return Shares(self.steps_n[part], self.demand_nE[part], self.served_nE[part], self.now_2LE)
 
     def extended(self, newer: Shares) -> Shares:
         """These steps, then ``newer`` ones of the same layer selection."""

@@ -180,6 +180,25 @@ def test_the_interval_follows_what_drawing_costs(tiny_run):
         run.session.close()
 
 
+def test_what_is_zoomed_into_is_drawn_in_full_detail(tiny_run, monkeypatch):
+    """The step axis' window is thinned by itself; what stands beside it stays at the last step."""
+    monkeypatch.setattr("widgets.live.LIVE_POINTS", 40)
+    run = tiny_run()
+    run.step(150)
+    live = Live(run)
+    line = next(trace for trace in live.figure.data if trace.uid == "train-loss")
+    assert len(line.x) <= 40
+    whole = line.x
+    for moved, seen in (({"xaxis.range[0]": 59.5, "xaxis.range[1]": 70.2}, np.arange(59, 72)),
+                        ({"xaxis.range": [100, 102]}, np.arange(99, 104)),
+                        ({"xaxis2.range": [0, 3]}, np.arange(99, 104)),  # the experts' axis, not the steps'
+                        ({"xaxis.autorange": True}, whole)):
+        live.figure.set_state({"_js2py_relayout": {"relayout_data": moved, "source_view_id": "a"}})
+        live._update()
+        np.testing.assert_array_equal(line.x, seen)
+        assert live.figure.layout.annotations[1].text == "<b>Utilisation at step 150, mean of layers</b>"
+
+
 def test_without_a_browser_almost_nothing_is_sent(tiny_run):
     """Unanswered updates grow rare, and end when nothing is new; a page that is loaded gets all at once."""
     run = tiny_run()
