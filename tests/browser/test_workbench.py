@@ -1,27 +1,8 @@
 import re
-import time
+
+from lab_server import until
 
 from moe_core.store import RunStore
-
-
-def until(true, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := true()):
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
-    return value
-
-
-def run_all(page, address):
-    """Open the notebook, and run all of it once its kernel is connected."""
-    page.goto(address)
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-    sessions = address.split("/lab/")[0] + "/api/sessions"
-    until(lambda: [s for s in page.request.get(sessions).json() if s["kernel"]["connections"]
-                   and s["kernel"]["execution_state"] == "idle"], "a kernel")
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.locator('[data-command="runmenu:run-all"]').click()
 
 
 def points(page):
@@ -36,11 +17,11 @@ def state(page):
     return page.locator(".moe-state").inner_text()
 
 
-def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_hold(lab, page, tmp_path):
+def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_hold(run_notebook, page, tmp_path):
     """The first notebook in a real page: Run All, turn, read where it took hold, pause, note, reload, go on."""
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    run_all(page, lab("01_workbench.ipynb"))
+    run_notebook("01_workbench.ipynb")
     page.locator(".js-plotly-plot").wait_for(timeout=120_000)
     until(lambda: points(page) > 45, "lines that grow past the first chunk")
 
@@ -98,10 +79,10 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     assert errors == []
 
 
-def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(lab, page):
+def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(run_notebook, page):
     """What a screen reader reads, and what a window of 1024 pixels shows."""
     page.set_viewport_size({"width": 1024, "height": 900})
-    run_all(page, lab("01_workbench.ipynb"))
+    run_notebook("01_workbench.ipynb")
     page.locator(".js-plotly-plot").wait_for()
     unnamed = page.evaluate("""() => [...document.querySelectorAll(
         '.moe-workbench button, .moe-workbench input, .moe-workbench select, .moe-workbench [role=slider]')]
