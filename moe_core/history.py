@@ -21,7 +21,7 @@ from moe_core import checkpoint
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
-SNAPSHOT_BYTES = 1 << 30  # of host memory for all snapshots; the newest is kept whatever its size
+SNAPSHOT_BYTES = 256 << 20  # of host memory for all snapshots; the newest is kept whatever its size
 FOLDER = "checkpoints"
 GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a GPU have no fixed order
 
