@@ -140,12 +140,10 @@ class Trainer:
         if hessian_due(optim, self.steps_done):
             ghats = sampled_gradients(self.model, window[:, :-1], controls, self.labels,
                                       self.optimizer.hessian_params())
-        norms = [torch.nn.utils.get_total_norm([g for g in grads if g is not None]).to(self.device)
-                 for grads in (ghats, [p.grad for p in self.model.parameters()])]
-        sizes = update_sizes(self.optimizer, self.device)
-        report = report / optim.gradient_accumulation_steps
-        vector = torch.cat([report, sizes, torch.stack(norms)]).cpu().numpy()
-        end = len(report)
+        norms = torch.stack([_norm([g for g in grads if g is not None], self.device)
+                             for grads in (ghats, [p.grad for p in self.model.parameters()])])
+        sizes, end = update_sizes(self.optimizer, self.device), len(report)
+        vector = torch.cat([report / optim.gradient_accumulation_steps, sizes, norms]).cpu().numpy()
         return _Backward(Reading.unpack(vector[:end], model.n_layer, model.n_experts), norm=float(vector[-1]),
                          ghats=ghats, ghat_norm=float(vector[-2]), update_sizes=vector[end:-2].tolist())
 
@@ -205,6 +203,11 @@ class Trainer:
         self.labels.set_state(state["labels"].cpu())
         self.train.load_state_dict(state["train"])
         self.steps_done, self.clipped = state["steps_done"], state["clipped"]
+
+
+def _norm(grads: list[Tensor], device: torch.device) -> Tensor:
+    # torch's norm of nothing is a tensor on the CPU, and to move it would make the host wait.
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
 
 
 def _refuse_nonfinite(number: int, metrics: dict[str, float]) -> None:

@@ -1,17 +1,18 @@
 """Muon: momentum, orthogonalised (Jordan et al. 2024; the second scale rule is Liu et al.'s, 2025).
 
 A matrix is [out, in], as ``nn.Linear`` stores it; a stack is [E, in, out], as :class:`~moe_core.model.Experts`
-stores its own, and each of its E matrices is orthogonalised by itself. All matrices of one shape, tall or
-wide, go through the same batched products.
+stores its own, and each of its E matrices is orthogonalised by itself. All matrices of one shape go through
+the same batched products.
 
-Shapes: E experts; N matrices of R rows and C >= R columns in a batch.
+Shapes: E experts; N matrices of R rows and C columns in a batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,16 +29,19 @@ _BATCH_ELEMENTS_CPU, _BATCH_ELEMENTS = 1 << 21, 1 << 25
 
 
 def newton_schulz(x_NRC: Tensor) -> Tensor:
-    """Push the singular values of each matrix to around 1, in the dtype of ``x_NRC``; quickest where R <= C.
+    """Push the singular values of each matrix to around 1, in the dtype of ``x_NRC``.
 
     They must be at most 1, which dividing by the Frobenius norm ensures. In exact arithmetic those above
     0.002 end in [0.68, 1.21]; smaller ones grow by a factor of up to 485.
     """
     a, b, c = COEFFICIENTS
+    wide = x_NRC.shape[1] <= x_NRC.shape[2]
     for _ in range(STEPS):
-        gram_NRR = x_NRC @ x_NRC.mT
-        poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
-        x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=a)
+        gram = x_NRC @ x_NRC.mT if wide else x_NRC.mT @ x_NRC  # the smaller of the two
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # aI goes into the small matrix: to add aX to the product would cost a copy of X.
+        poly.diagonal(dim1=1, dim2=2).add_(a)
+        x_NRC = poly @ x_NRC if wide else x_NRC @ poly
     return x_NRC
 
 
@@ -53,56 +57,61 @@ def update_scale(p: Tensor, rule: str) -> float:
     return 0.2 * math.sqrt(max(fan_out, fan_in))
 
 
-def _oriented(x: Tensor) -> Tensor:
-    """A view [N, R, C] with R <= C of a matrix or of a stack."""
-    x = x.unsqueeze(0) if x.ndim == 2 else x
-    return x if x.shape[1] <= x.shape[2] else x.mT
+class _Piece(NamedTuple):
+    """Some matrices of one parameter: views of it, of its gradient and of its momentum, each [N, R, C]."""
+
+    p: Tensor
+    grad: Tensor
+    momentum: Tensor
+    scale: float
+    moves: Tensor | float  # 1, or [N, 1, 1] with 0 for each expert that is skipped
+
+
+def _pieces(group: Group, state: State) -> Iterator[_Piece]:
+    for p, g in with_gradient("Muon", group):
+        (momentum,) = tensor_state(state, p, "momentum")
+        views = [x.detach().view(-1, *p.shape[-2:]) for x in (p, g, momentum)]
+        at_once = max(1, _limit(p) // views[0][0].numel())
+        for part in zip(*(view.split(at_once) for view in views), strict=True):
+            moves = 1.0
+            if group["starved"] == "skip" and p.ndim == 3:
+                # A factor: to branch on it, the host would have to wait for the device. NaN is unequal to 0.
+                moves = (torch.linalg.vector_norm(part[1], math.inf, dim=(1, 2), keepdim=True) != 0).to(p.dtype)
+            yield _Piece(*part, update_scale(p, group["scale"]), moves)
 
 
 def _limit(p: Tensor) -> int:
     return _BATCH_ELEMENTS_CPU if p.device.type == "cpu" else _BATCH_ELEMENTS
 
 
-def _packs(params: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Parameters that can share a batch, up to their device's limit, or one by one where they are larger."""
+def _packs(pieces: Iterable[_Piece]) -> list[list[_Piece]]:
+    """Pieces of one matrix shape together, up to the limit of their device."""
     open_packs, packs = defaultdict(list), []
-    for p in params:
-        pack = open_packs[(*_oriented(p).shape[1:], p.dtype, p.device)]
-        if pack and sum(q.numel() for q in pack) + p.numel() > _limit(p):
+    for piece in pieces:
+        pack = open_packs[(*piece.p.shape[1:], piece.p.dtype, piece.p.device)]
+        if pack and sum(other.p.numel() for other in (*pack, piece)) > _limit(piece.p):
             packs.append(pack.copy())
             pack.clear()
-        pack.append(p)
+        pack.append(piece)
     return packs + list(open_packs.values())
-
-
-def _orthogonalised(directions: list[Tensor], dtype: torch.dtype, limit: int) -> list[Tensor]:
-    """Every matrix of one pack orthogonalised in ``dtype``, oriented: [N, R, C] of each parameter."""
-    parts = [_oriented(u) for u in directions]
-    x_NRC = parts[0] if len(parts) == 1 else torch.cat(parts)
-    x_NRC = x_NRC / (torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True) + EPS)
-    x_NRC = x_NRC.to(dtype, memory_format=torch.contiguous_format)
-    for batch in x_NRC.split(max(1, limit // x_NRC[0].numel())):
-        batch.copy_(newton_schulz(batch))
-    return list(x_NRC.split([len(part) for part in parts]))
 
 
 def _update(group: Group, state: State) -> None:
     lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
-    for pack in _packs(p for p, _ in with_gradient("Muon", group)):
-        directions, awake = [], []
-        for p in pack:
-            (momentum,) = tensor_state(state, p, "momentum")
-            # Per expert 1 or 0, as a factor: to branch on it, the host would have to wait for the device.
-            skips = group["starved"] == "skip" and p.ndim == 3
-            awake.append(p.grad.flatten(1).any(1).to(p.dtype)[:, None, None] if skips else 1.0)
-            momentum.lerp_(p.grad, (1 - mu) * awake[-1])
-            directions.append(p.grad.lerp(momentum, mu))
-        updates = _orthogonalised(directions, DTYPES[group["ns_dtype"]], _limit(pack[0]))
-        for p, x_NRC, moves in zip(pack, updates, awake, strict=True):
-            if isinstance(moves, Tensor):
-                x_NRC.mul_(moves)
-            p.mul_(1 - lr * decay * moves)
-            _oriented(p).add_(x_NRC, alpha=-lr * update_scale(p, group["scale"]))
+    for pack in _packs(_pieces(group, state)):
+        directions = []
+        for piece in pack:
+            piece.momentum.lerp_(piece.grad, (1 - mu) * piece.moves)
+            directions.append(piece.grad.lerp(piece.momentum, mu))
+        x_NRC = directions[0] if len(pack) == 1 else torch.cat(directions)
+        x_NRC = x_NRC.div_(torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True) + EPS)
+        x_NRC = newton_schulz(x_NRC.to(DTYPES[group["ns_dtype"]]))
+        for piece, update in zip(pack, x_NRC.split([len(piece.p) for piece in pack]), strict=True):
+            piece.p.mul_(1 - lr * decay * piece.moves)
+            update = update.to(piece.p.dtype)  # adding across dtypes is slower than this
+            if isinstance(piece.moves, Tensor):
+                update = update * piece.moves
+            piece.p.add_(update, alpha=-lr * piece.scale)
 
 
 def _check_parameter(p: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from moe_core.optim.rule import Group, Rule, State, tensor_state, with_gradient
@@ -20,10 +21,10 @@ def _update(group: Group, state: State) -> None:
     for p, g in with_gradient("SophiaG", group):
         momentum, hessian = tensor_state(state, p, "momentum", "hessian")
         momentum.lerp_(g, 1 - beta1)
-        # clamp(m / d, -1, 1) is sign(m) min(|m| / d, 1): d is never negative.
+        # sign(m) min(|m| / d, 1) is clamp(m / d, -1, 1), because d is positive. In d's own memory.
         bound = hessian.mul(group["rho"] * group["bs"]).add_(group["eps"])
-        p.mul_(1 - lr * group["weight_decay"])
-        p.add_(momentum.div(bound).clamp_(-1, 1), alpha=-lr)
+        update = torch.div(momentum, bound, out=bound).clamp_(-1, 1)
+        p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
 
 
 def absorb_estimate(group: Group, state: State, ghats: Iterable[Tensor | None]) -> None:
