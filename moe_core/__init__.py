@@ -6,7 +6,7 @@ import os
 # longer. It must be set before torch is first imported, and only where the user has not chosen.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from moe_core.config import (  # noqa: E402
+from moe_core.config import (
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -15,12 +15,12 @@ from moe_core.config import (  # noqa: E402
     RunConfig,
     preset,
 )
-from moe_core.data import DataError  # noqa: E402
-from moe_core.knobs import KnobError  # noqa: E402
-from moe_core.run import Run, free_path  # noqa: E402
-from moe_core.session import Command, Progress, Session  # noqa: E402
-from moe_core.store import RunStore, StoreError  # noqa: E402
-from moe_core.trainer import NonFiniteError, StepRecord, Trainer  # noqa: E402
+from moe_core.data import DataError
+from moe_core.knobs import KnobError
+from moe_core.run import Run, free_path
+from moe_core.session import Command, Progress, Session
+from moe_core.store import RunStore, StoreError
+from moe_core.trainer import NonFiniteError, StepRecord, Trainer
 
 __all__ = [
     "Command", "ConfigError", "DataConfig", "DataError", "KnobError", "ModelConfig", "NonFiniteError",

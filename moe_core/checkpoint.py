@@ -73,9 +73,10 @@ def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[d
             if int(header["format"]) > FORMAT:
                 raise CheckpointError(f"{path}: was written by a newer version (format {header['format']}, this one "
                                       f"knows up to {FORMAT}); update to load it")
-            return header, {key: file.get_tensor(key) for key in file.keys()} if device is not None else {}  # noqa: SIM118
+            names = file.keys() if device is not None else ()
+            return header, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read, it is cut short or is no checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read, it is cut short or no checkpoint: {_reason(error)}") from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -48,8 +48,14 @@ print({steps} / (time.perf_counter() - started), panel.live.interval, panel.live
 def evaluate(client, code: str) -> str:
     """What the kernel prints for ``code``."""
     said = []
-    client.execute_interactive(textwrap.dedent(code), timeout=600,
-                               output_hook=lambda m: said.append(m["content"].get("text", str(m["content"]))))
+
+    def hear(message) -> None:
+        if message["msg_type"] == "error":
+            raise RuntimeError("\n".join(message["content"]["traceback"]))
+        if message["msg_type"] == "stream":
+            said.append(message["content"]["text"])
+
+    client.execute_interactive(textwrap.dedent(code), timeout=600, output_hook=hear)
     return "".join(said)
 
 

@@ -29,10 +29,13 @@ def measured(metrics):
     return {name: value for name, value in metrics.items() if name != "perf/tok_s" and not math.isnan(value)}
 
 
-PUBLISHED = """train/loss train/ce lr train/tokens_b perf/tok_s grad/norm grad/clipped_cum router/temp router/noise_std
-router/load_balance_alpha router/z_loss_coef router/aux_mean router/z_mean router/max_frac_mean router/max_frac_max
-router/active_min router/active_mean router/drop_frac_mean router/top1_p_mean router/entropy_mean router/collapsed
-router/frac_dem_max router/frac_srv_max router/active_dem router/active_srv""".split()
+PUBLISHED = [
+    "train/loss", "train/ce", "lr", "train/tokens_b", "perf/tok_s", "grad/norm", "grad/clipped_cum",
+    "router/temp", "router/noise_std", "router/load_balance_alpha", "router/z_loss_coef", "router/aux_mean",
+    "router/z_mean", "router/max_frac_mean", "router/max_frac_max", "router/active_min", "router/active_mean",
+    "router/drop_frac_mean", "router/top1_p_mean", "router/entropy_mean", "router/collapsed",
+    "router/frac_dem_max", "router/frac_srv_max", "router/active_dem", "router/active_srv",
+]
 
 
 @pytest.mark.parametrize("changes", [{}, dict(top_k=2, norm_topk_prob=True, dropless=False, capacity_factor=0.6)])
