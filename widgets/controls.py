@@ -78,6 +78,11 @@ class KnobControl:
             if self.says.value != says:
                 self.says.value = says
 
+    @property
+    def waits(self) -> bool:
+        """Whether the row says ``pending``."""
+        return "(pending)" in self.says.value
+
     def _status(self, pending: bool) -> str:
         if self._refused:
             return (f'<span class="moe-error" role="alert" title="{html.escape(self._refused)}">'

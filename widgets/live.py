@@ -2,8 +2,8 @@
 
 One thread writes the figure. It reads the run's store, so training does not know of it; it sends the newest
 state and forgets the rest; it keeps one update in flight, and the browser's answer to an update, which plotly
-gives when it has drawn, says what drawing costs. The interval follows: drawing takes at most a tenth of the
-browser's time. Where nobody answers, nobody looks, and almost nothing is sent.
+gives when it has drawn, says what drawing costs. The interval follows: drawing takes less than a tenth of the
+time. Where nobody answers, nobody looks, and almost nothing is sent.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from widgets.feed import Feed
 from widgets.figures import WIDTH, panel_parts, step_axes
 
 TICK = 0.25  # seconds between two looks at the run
-DRAWING_SHARE = 0.1  # of the time that may go into drawing
+DRAWING_SHARE = 0.08  # of the time may go into drawing; what follows an answer, painting, is not in it
 FIRST, SHORTEST, LONGEST = 1.0, 0.25, 10.0  # seconds between two updates while a browser answers
 PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many after each further one
 RARELY = 30.0  # seconds between two updates when none was answered for long

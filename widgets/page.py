@@ -56,6 +56,7 @@ _CSS = """
 .moe-run { display: flex; flex-flow: row wrap; align-items: center; gap: 6px; }
 .moe-run .widget-button, .moe-note .widget-button { width: auto; padding: 0 14px; }
 .moe-run .moe-status { flex: 1 1 260px; min-width: 0; }
+.moe-charts, .moe-knob-text, .moe-status { contain: layout paint style; }
 .moe-status-line { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline;
   font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1); font-variant-numeric: tabular-nums; }
 .moe-status-line .moe-muted { color: var(--jp-ui-font-color2); }

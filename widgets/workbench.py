@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 import weakref
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from widgets.controls import KnobControl
 from widgets.live import Live
 from widgets.notes import Log, NoteBox
 from widgets.page import Page
+
+COUNT_EVERY = 1.0  # seconds between two looks at the step, the time left and the knobs
 
 _panels: weakref.WeakValueDictionary[Path, Workbench] = weakref.WeakValueDictionary()
 
@@ -50,9 +53,9 @@ class Workbench(ipw.VBox):
         self.page = Page()
         self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
         self.notes = NoteBox(run, self.journal, posted=self.live.wake)
-        self._ticks, self._last_report = 0, ""
-        super().__init__([self.page, self._run_row(chunk), self.bar, self._knob_table(),
-                          self.notes.widget, self._charts(), self.journal.widget])
+        self._shown, self._counted_at, self._last_report = self.session.progress(), 0.0, ""
+        super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.notes.widget,
+                          self._charts(), self.journal.widget])
         self.add_class("moe-workbench")
         self.page.observe(lambda change: self.live.resize(change.new), "width")
         self._tick()
@@ -86,7 +89,7 @@ class Workbench(ipw.VBox):
                                        lambda: self.start(self.chunk.value), style="primary")
         self.step_button = self._button("Step once", "Train one step", lambda: self.start(1))
         self.pause_button = self._button("Pause", "Stop at the next step boundary", self.pause)
-        self.status, self.bar = ipw.HTML(), ipw.HTML()
+        self.status = ipw.HTML()
         self.status.add_class("moe-status")
         parts = [self.run_button, self.chunk, ipw.Label("steps"), self.step_button, self.pause_button,
                  self.status]
@@ -120,13 +123,17 @@ class Workbench(ipw.VBox):
     # ---- the live thread ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        progress = self.session.progress()
-        self.pause_button.disabled = progress.state != "training"
-        _show(self.status, _status_line(progress))
-        _show(self.bar, _bar(progress))
-        self._ticks += 1
-        if self._ticks % 2 or progress.state not in BUSY:
-            for row, control in enumerate(self.controls):
+        progress, now = self.session.progress(), time.monotonic()
+        # A page that changes is laid out and painted anew, at a cost like a chart's: numbers that only count on
+        # wait for each other, what a person waits for does not.
+        new = progress != self._shown if progress.state not in BUSY else progress.state != self._shown.state
+        due = new or now - self._counted_at >= COUNT_EVERY
+        if due:
+            self._shown, self._counted_at = progress, now
+            self.pause_button.disabled = progress.state != "training"
+            _show(self.status, _status_line(progress))
+        for row, control in enumerate(self.controls):
+            if due or control.waits:
                 control.refresh(focused=row == self.page.focus)
 
     def _failed(self, error: Exception) -> None:
@@ -148,12 +155,9 @@ def _status_line(progress) -> str:
         parts.append(f'<span class="moe-muted">{progress.tok_s:,.0f} tokens/s</span>')
     if progress.error:
         parts.append(f'<span class="moe-error" role="alert">{html.escape(progress.error)}</span>')
-    return f'<div class="moe-status-line">{"".join(parts)}</div>'
-
-
-def _bar(progress) -> str:
-    return (f'<progress max="{max(progress.chunk_total, 1)}" value="{progress.chunk_done}" '
-            'aria-label="Steps of this chunk"></progress>')
+    bar = (f'<progress max="{max(progress.chunk_total, 1)}" value="{progress.chunk_done}" '
+           'aria-label="Steps of this chunk"></progress>')
+    return f'<div class="moe-status-line">{"".join(parts)}</div>{bar}'
 
 
 def _duration(seconds: float) -> str:
