@@ -26,7 +26,7 @@ def measured_step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         params = group["params"]
         # Odd, so that it meets every column of a matrix whose width is a power of two.
-        stride = sum(p.numel() for p in params) // SAMPLES | 1
+        stride = (sum(p.numel() for p in params) // SAMPLES) | 1
         looks.append((group, stride, _strided(params, stride)))
     optimizer.step()
     for group, stride, before in looks:
