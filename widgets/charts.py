@@ -32,8 +32,8 @@ class Chart:
 
     ``traces``: plotly's dicts, each with a ``uid``; one with ``"yaxis": "right"`` is measured on the right
     axis. ``x``, ``y``, ``right``: plotly's axis settings. ``rules``: (height, words) of horizontal reference
-    lines. ``over_steps``: x is the step axis, which all such charts share. ``legend``: its traces stand in
-    the figure's legend.
+    lines. ``over_steps``: x is the step axis, which all such charts share. ``legend``: some of its traces have
+    entries in the figure's legend, where there is room for them.
     """
 
     name: str
@@ -65,7 +65,8 @@ def _shade(color: str, turn: int, rounds: int) -> str:
 def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS) -> Chart:
     """Each expert's share of the assignments over steps: served solid, demand dotted, and the fair share 1/E.
 
-    Where nothing is dropped the two are equal, and the dotted line lies hidden under the solid one.
+    Where nothing is dropped the two are equal: the dotted line lies hidden under the solid one, and the title
+    says so.
     """
     shares, traces = _shares(experts, layer), []
     for kind, values_nE, dash in (("demand", shares.demand_nE, "dot"), ("served", shares.served_nE, "solid")):
@@ -74,7 +75,8 @@ def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit
                 f"expert-{expert}-{kind}", shares.steps_n, values_nE[:, expert], color, limit,
                 f"expert {expert} {kind} %{{y:.1%}}", dash=dash, name=str(expert),
                 legendgroup=f"expert-{expert}", showlegend=kind == "served"))
-    title = _titled(f"Share of each expert, {_selection(layer)}", "━ served", "┅ demand", "╌ fair share")
+    keys = ("━ served = demand",) if np.array_equal(shares.demand_nE, shares.served_nE) else ("━ served", "┅ demand")
+    title = _titled(f"Share of each expert, {_selection(layer)}", *keys, "╌ fair share")
     return Chart("expert_lines", title, tuple(traces), x={"title": STEP}, y=_share_axis(shares.n_experts),
                  rules=_fair(shares.n_experts), legend=True)
 
@@ -103,7 +105,7 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
     n_layer, n_experts, fair = len(served_LE), shares.n_experts, 1 / shares.n_experts
     trace = {
         "type": "heatmap", "uid": "heatmap", "z": served_LE, "customdata": demand_LE, "showlegend": False,
-        "zmin": 0, "zmid": fair, "zmax": 2 * fair, "xgap": 2, "ygap": 2,
+        "zmin": 0, "zmid": fair, "zmax": 2 * fair, "xgap": 2 * (n_experts <= 32), "ygap": 2 * (n_layer <= 32),
         "colorscale": [[0, STARVED], [0.5, FAIR], [1, CROWDED]],
         "texttemplate": "%{z:.0%}" if n_experts <= 8 and n_layer <= 12 else "", "textfont": {"size": 10},
         "colorbar": {"tickvals": [0, fair, 2 * fair], "ticktext": ["0", f"1/{n_experts}", f"≥2/{n_experts}"],
@@ -127,7 +129,7 @@ def loss(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
     val = _column(metrics, "val/loss")
     seen = ~np.isnan(val)
     traces.append(_line("val-loss", steps[seen], val[seen], ORANGE, limit, "validation %{y:.4f}",
-                        mode="lines+markers", marker={"size": 4}))
+                        mode="lines+markers" if seen.sum() <= 60 else "lines", marker={"size": 4}))
     return Chart("loss", _titled("Loss", *keys, _key(ORANGE, "validation")), tuple(traces),
                  x={"title": STEP}, y={"title": "nats per token"})
 

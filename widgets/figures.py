@@ -104,12 +104,15 @@ def _flow(sized: Sequence[tuple[Chart, int]], columns: int) -> list[Place]:
 def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[list[dict], dict]:
     """Traces and layout of placed charts. Axis number k is the k-th chart's; all step axes move together."""
     rows, columns = max(p.row + p.rows for p in places), 1 + max(p.last_column for p in places)
-    tall = [any(p.row == row and p.chart.legend for p in places) for row in range(rows)]
-    area, head = [TALL if t else LOW for t in tall], [TITLE + LEGEND * t for t in tall]
+    first = [[p.chart for p in places if p.row == row] for row in range(rows)]  # the charts that begin there
+    area = [TALL if rows == 1 or any(c.name == "expert_lines" for c in row) else LOW for row in first]
+    cell = width / columns
+    legends = [p.row for p in places if _legend_fits(p, cell)]
+    head = [TITLE + LEGEND * (row in legends) for row in range(rows)]
     top = [sum(head[:row]) + sum(area[:row]) + AXIS * row for row in range(rows + 1)]  # of a row
     side = [RIGHT if any(p.last_column == column and _is_wide(p.chart) for p in places) else BARE
             for column in range(columns)]
-    height, cell = top[-1], width / columns
+    height = top[-1]
 
     traces: list[dict] = []
     layout = _base(height)
@@ -123,9 +126,17 @@ def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[
             "text": p.chart.title, "x": (left + 8) / width, "y": 1 - (top[p.row] + 6) / height,
             "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top", "align": "left",
             "showarrow": False, "font": {"size": 12}})
-        if p.chart.legend:
+        if p.row in legends and p.chart.legend:
+            layout["showlegend"] = True
             layout["legend"] |= {"x": (left + 8) / width, "y": 1 - (top[p.row] + TITLE - 4) / height}
     return traces, layout
+
+
+def _legend_fits(place: Place, cell: float) -> bool:
+    """Whether a chart's legend has room on one line. Without it, hovering says which line is whose."""
+    names = [trace["name"] for trace in place.chart.traces if trace["showlegend"]]
+    entry = 40 + 7 * max(map(len, names), default=0)
+    return place.chart.legend and entry * len(names) + 60 <= cell * place.columns
 
 
 def step_axes(layout: dict) -> list[str]:
@@ -195,7 +206,7 @@ def _base(height: int) -> dict:
         "legend": {"orientation": "h", "xanchor": "left", "yanchor": "top", "bgcolor": clear,
                    "title": {"text": "expert ", "font": {"size": 11}}, "font": {"size": 11},
                    "itemwidth": 30, "tracegroupgap": 0, "groupclick": "togglegroup"},
-        "shapes": [], "annotations": []}
+        "showlegend": False, "shapes": [], "annotations": []}
 
 
 def _figure(traces: list[dict], layout: dict) -> go.Figure:

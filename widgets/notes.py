@@ -55,7 +55,7 @@ class Log:
         return run
 
     def _show(self) -> None:
-        inside = "".join(reversed(self._lines)) or "<div><span></span><span>Nothing so far.</span></div>"
+        inside = "".join(reversed(self._lines))
         self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
 
 
