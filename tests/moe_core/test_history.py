@@ -14,6 +14,9 @@ VARIANTS = {
     "capacity": dict(dropless=False, capacity_factor=0.8),
     "top2 accumulated": dict(top_k=2, norm_topk_prob=True, gradient_accumulation_steps=3),
     "dense": dict(n_experts=0),
+    "muon and sophia in mid-cycle": dict(optimizer="muon_sophia", sophia_k=4),
+    "sophia": dict(optimizer="sophia", sophia_k=3),
+    "muon and adamw": dict(optimizer="muon_adamw", starved_experts="skip"),
 }
 
 

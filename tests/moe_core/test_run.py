@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -73,7 +74,7 @@ def test_commands_sent_while_training_are_applied_at_a_boundary_in_order(tiny_ru
     run = tiny_run()
     run.session.start(200)
     while run.current_step < 5:
-        pass
+        time.sleep(0.001)
     run.knobs["router_temp"].hold(3.0)
     run.knobs["router_temp"].hold(2.0)
     run.session.wait()
@@ -90,7 +91,7 @@ def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_ru
     run, left_alone = tiny_run("paused"), tiny_run("alone")
     run.session.start(1000)
     while run.current_step < 4:
-        pass
+        time.sleep(0.001)
     run.pause()
     assert run.session.wait(30)
     at = run.current_step
@@ -206,7 +207,7 @@ def test_a_posted_command_is_on_disk_before_it_is_gone_from_the_queue(tiny_run):
 
 
 TRAIN = """
-    import sys
+    import sys, time
     import moe_core as mc
     run = mc.Run.create(sys.argv[1], mc.RunConfig.from_dict(eval(sys.argv[2])), say=lambda line: None)
     run.session.start(100_000)
@@ -215,6 +216,7 @@ TRAIN = """
         if run.current_step > seen:
             seen = run.current_step
             print(seen, flush=True)
+        time.sleep(0.001)
 """
 
 
