@@ -27,7 +27,7 @@ from widgets.figures import WIDTH, panel_parts, step_axes
 
 TICK = 0.25  # seconds between two looks at the run
 DRAWING_SHARE = 0.08  # of the time may go into drawing; what follows an answer, painting, is not in it
-FIRST, SHORTEST, LONGEST = 1.0, 0.25, 10.0  # seconds between two updates while a browser answers
+FIRST, SHORTEST, LONGEST = 1.0, 0.25, 30.0  # seconds between two updates while a browser answers
 PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many after each further one
 RARELY = 30.0  # seconds between two updates when none was answered for long
 TRIES = 5  # unanswered updates without news after which only a browser's call brings another
@@ -211,7 +211,7 @@ class Live:
         if edit_id not in self._waiting:  # a page that was just loaded: it shows the state that was kept last
             self._stale = self._warming = self._reloaded = True
             self.wake()
-        elif edit_id == self.figure._last_trace_edit_id:
+        elif edit_id == max(self._waiting):
             self._waiting.clear()
             if not self._warming:  # a page's first drawing takes several times as long as the next ones
                 self._took.append(time.perf_counter() - self._sent_at)

@@ -26,22 +26,18 @@ class Log:
         self.widget = ipw.HTML()
         self._lines: deque[str] = deque(maxlen=lines)
         self._guard = threading.Lock()
-        self._show()
+        self._write([])
 
-    def write(self, text: str, error: bool = False, at: float | None = None) -> None:
-        """One line of plain text. ``at``: seconds since 1970; now when None."""
-        clock = time.strftime("%H:%M:%S", time.localtime(at))
-        mark = ' class="moe-error"' if error else ""
-        with self._guard:
-            self._lines.append(f"<div><span>{clock}</span><span{mark}>{html.escape(text)}</span></div>")
-            self._show()
+    def write(self, text: str, error: bool = False) -> None:
+        """One line of plain text, now."""
+        self._write([_line(text, error, time.time())])
 
     def write_events(self, events: list[dict]) -> None:
         """Events as ``RunStore.read_events`` gives them: turns of knobs, notes, what stopped training."""
-        for event in sorted(events, key=lambda event: event["id"])[-LINES:]:
-            what = say({**event, **event["payload"]})
-            self.write(f"{what} · {'applied at step' if event['kind'] == 'knob' else 'step'} {event['step']}",
-                       error=event["kind"] not in SYMBOLS, at=event["applied"])
+        self._write([
+            _line(f"{say({**event, **event['payload']})} · {'applied at ' * (event['kind'] == 'knob')}"
+                  f"step {event['step']}", event["kind"] not in SYMBOLS, event["applied"])
+            for event in sorted(events, key=lambda event: event["id"])])
 
     def guarded(self, handler: Callable) -> Callable:
         """``handler``, with what it raises written here: a refused value in its own words, and all else."""
@@ -54,9 +50,17 @@ class Log:
                 self.write(f"{type(error).__name__}: {error}", error=True)
         return run
 
-    def _show(self) -> None:
-        inside = "".join(reversed(self._lines))
-        self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
+    def _write(self, lines: list[str]) -> None:
+        with self._guard:
+            self._lines += lines
+            inside = "".join(reversed(self._lines))
+            self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
+
+
+def _line(text: str, error: bool, at: float) -> str:
+    """``at``: seconds since 1970."""
+    clock, mark = time.strftime("%H:%M:%S", time.localtime(at)), ' class="moe-error"' if error else ""
+    return f"<div><span>{clock}</span><span{mark}>{html.escape(text)}</span></div>"
 
 
 class NoteBox:

@@ -22,7 +22,7 @@ export default {
         slider.querySelector("[role=slider]")?.setAttribute(
           "aria-label", slider.querySelector(".widget-label").textContent);
       const figure = panel.querySelector(".js-plotly-plot");
-      figure?.setAttribute("role", "img");
+      figure?.setAttribute("role", "figure");
       figure?.setAttribute("aria-label", "Charts of the run");
     };
     const names = new MutationObserver(name);

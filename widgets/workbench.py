@@ -76,9 +76,10 @@ class Workbench(ipw.VBox):
         """Stop training at the next step boundary and take the panel off the page. Closing twice is fine."""
         self.session.close()
         self.live.close()
-        for widget in _descendants(self):
-            widget.close()
-        super().close()
+        for part in _parts(self):
+            for widget in (getattr(part, "style", None), part.layout, part):
+                if isinstance(widget, ipw.Widget):
+                    ipw.Widget.close(widget)
 
     # ---- parts -------------------------------------------------------------------------------------------
 
@@ -174,8 +175,6 @@ def _show(widget: ipw.HTML, value: str) -> None:
         widget.value = value
 
 
-def _descendants(widget: ipw.Widget) -> list[ipw.Widget]:
-    below = []
-    for child in getattr(widget, "children", ()):
-        below += [child, *_descendants(child)]
-    return below
+def _parts(widget: ipw.Widget) -> list[ipw.Widget]:
+    """A widget and all that is in it, what is inside first."""
+    return [part for child in getattr(widget, "children", ()) for part in _parts(child)] + [widget]

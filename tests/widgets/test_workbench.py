@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+from ipywidgets.widgets.widget import _instances
 
 import moe_core as mc
 from widgets import Workbench, panel_figure
@@ -99,6 +100,18 @@ def test_a_second_panel_takes_the_place_of_the_first(tiny_run, bench):
     assert second.session.wait(30)
     assert run.current_step == at + 2
     assert [t.name for t in threading.enumerate()].count("moe-panel") == 1
+
+
+def test_a_panel_that_is_closed_leaves_nothing_behind(tiny_run, bench):
+    """Made again and again, as by a cell that is run again: no more widgets, threads or sessions than before."""
+    run = tiny_run()
+    counts = []
+    for _ in range(3):
+        panel = bench(run)
+        panel.start(2)
+        assert panel.session.wait(30)
+        counts.append((len(_instances), threading.active_count()))
+    assert counts[1] == counts[2] == counts[0]
 
 
 def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
