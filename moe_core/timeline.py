@@ -76,34 +76,33 @@ class Timeline:
         self._knobs.replay(self.history.turns(self._branch.id))
         self._trainer = trainer
 
-    def rewind(self, step: int, name: str | None = None) -> None:
+    def rewind(self, step: int, name: str | None = None, wait: bool = True) -> None:
         """Go back to the state after ``step`` of the current line, exactly, and open a new branch there.
 
         The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
+        ``wait`` False returns while the session is still moving there.
         """
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self._step:
             raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
         if name is not None and name in set(self.branches()["name"]):
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
+        self._go_back(self._branch.id, step, name, wait)
 
-        self._go_back(self._branch.id, step, name)
-
-    def undo(self) -> None:
+    def undo(self, wait: bool = True) -> None:
         """Back to where the last chunk started, on a new branch; at once, from a snapshot in memory."""
         step = self.history.snapshot_before(self._branch.id, self._step)
         if step is None:
             raise ValueError("undo: no chunk was trained here since this run was opened; use rewind(step)")
-        self.rewind(step)
+        self.rewind(step, wait=wait)
 
-    def switch(self, branch: str) -> None:
+    def switch(self, branch: str, wait: bool = True) -> None:
         """Go to the end of another branch and make it the current one."""
         target = self._branch_id(branch)
 
         def go():
             self._reach(target, self.store.last_step(target))
             self._stand_on(target)
-        self.session.move(go)
-        self.session.wait()
+        self._move(go, wait)
 
     def fork(self, path: str | os.PathLike, step: int | None = None):
         """The state after ``step`` (None: now) as a run of its own in ``path``, with the history up to there.
@@ -123,8 +122,7 @@ class Timeline:
             finally:
                 self._reach(line, tip)
                 self._knobs.replay(self.history.turns(line))
-        self.session.move(go)
-        self.session.wait()
+        self._move(go)
         return self.open(path)
 
     def ab(self, a: Mapping[str, float], b: Mapping[str, float], steps: int) -> AB:
@@ -153,12 +151,16 @@ class Timeline:
         fresh = build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print)
         return self.history.replay(self._branch.id, self._step if upto is None else upto, fresh)
 
-    def _go_back(self, line: int, step: int, name: str | None) -> None:
+    def _move(self, go: Callable[[], None], wait: bool = True) -> None:
+        self.session.move(go)
+        if wait:
+            self.session.wait()
+
+    def _go_back(self, line: int, step: int, name: str | None, wait: bool = True) -> None:
         def go():
             self._reach(line, step)
             self._open_branch(line, step, name)
-        self.session.move(go)
-        self.session.wait()
+        self._move(go, wait)
 
     def _reach(self, line: int, step: int) -> None:
         """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand."""
