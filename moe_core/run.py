@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_core import frames
+from moe_core import frames, health
 from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.history import History
@@ -165,6 +165,11 @@ class Run(Timeline):
         A knob's step is the first that it acted on.
         """
         return frames.events(self.store, self._branch_id(branch))
+
+    def health(self) -> list[health.Finding]:
+        """What the router guide's rules say of the newest steps, worst first (see ``moe_core.health``)."""
+        return health.read(self.store, self._branch.id, self._step,
+                           {name: knob.value for name, knob in self.knobs.items()}, self.config)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

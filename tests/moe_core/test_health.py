@@ -1,0 +1,225 @@
+"""Each rule on a series made to break it, and on one just inside."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_core.health import RULES, Rule, findings, healthy_band, sustained
+from moe_core.knobs import KNOBS
+
+EXPERIMENT_1 = {"router_temp": 1.3, "router_noise_std": 0.3, "load_balance_alpha": 0.12, "router_z_loss_coef": 1e-3,
+                "capacity_factor": 1.25, "lr_scale": 1.0, "grad_clip": 1.0}
+LAYERS = ("max_frac_mean", "active_mean", "drop_frac_mean", "top1_p_mean", "entropy_mean", "aux_mean")
+
+
+def healthy(n=600, E=8, K=1, L=4, seed=0):
+    """The guide's own baseline, in fair shares where E is not 8, and a little scatter; no layer differs."""
+    noise = np.random.default_rng(seed).normal(0, 0.01, n)
+    room = 1 / K - 1 / E  # from the fair share to that of an expert which every token asks for
+    values = {
+        "router/max_frac_mean": min(1.28 / E, 1 / E + 0.2 * room),
+        "router/max_frac_max": min(1.76 / E, 1 / E + 0.3 * room), "router/top1_p_mean": 1.25 / E,
+        "router/entropy_mean": 0.95 * math.log(E), "router/aux_mean": 0.12, "router/active_min": E,
+        "router/active_mean": E, "router/drop_frac_mean": 0.0, "router/collapsed": 0.0,
+        "router/frac_dem_max": 1.1 / E, "router/frac_srv_max": 1.1 / E, "router/load_balance_alpha": 0.12,
+        **{f"router/frac_srv_e{e}": 1 / E for e in range(E)}}
+    counts = ("collapsed", "active", "drop", "alpha")
+    frame = {name: np.full(n, value) * (1 + (0 if any(c in name for c in counts) else noise))
+             for name, value in values.items()}
+    frame |= {f"router/{name}/layer_{i}": frame[f"router/{name}"] for name in LAYERS for i in range(L)}
+    frame["grad/clipped_cum"] = np.zeros(n)
+    return pd.DataFrame(frame, index=pd.RangeIndex(1, n + 1, name="step"))
+
+
+def put(frame, name, value, last=50):
+    frame.iloc[-last:, frame.columns.get_loc(name)] = value
+    return frame
+
+
+def said(frame, E=8, K=1):
+    """(level, rule, metric) of what is found worth doing something about."""
+    return {(f.level, f.rule, f.metric) for f in findings(frame, EXPERIMENT_1, E, K) if f.level != "ok"}
+
+
+@pytest.mark.parametrize("E, K", [(8, 1), (8, 2), (4, 1), (4, 2), (2, 1), (16, 1), (64, 1), (64, 6)])
+def test_a_healthy_run_of_any_shape_has_no_finding(E, K):
+    assert findings(healthy(E=E, K=K), EXPERIMENT_1, E, K) == []
+
+
+def test_the_guides_own_baseline_is_at_most_watched_except_for_the_clipping():
+    """Top-1 0.15, entropy 1.94 to 2.06, shares 0.115 to 0.135, max_frac 0.155 to 0.165, 67 % clipped."""
+    rng, n = np.random.default_rng(1), 1400
+    frame = healthy(n)
+    for name, low, high in [("top1_p_mean", 0.14, 0.16), ("entropy_mean", 1.94, 2.06), ("max_frac_mean", 0.155, 0.165),
+                            ("max_frac_max", 0.16, 0.25), *((f"frac_srv_e{e}", 0.115, 0.135) for e in range(8))]:
+        frame[f"router/{name}"] = rng.uniform(low, high, n)
+    frame["grad/clipped_cum"] = 0.67 * frame.index
+    found = findings(frame, EXPERIMENT_1, 8)
+    assert [f.rule for f in found if f.level == "alarm"] == ["clipping"]
+    assert {lever.text for lever in found[0].levers} == {"lr_scale 1.00 -> 0.75", "grad_clip 1.00 -> 1.50"}
+
+
+LN8 = math.log(8)
+LINES = [  # level, rule, metric, just beyond, just inside
+    ("alarm", "max_frac_max", "router/max_frac_max", 0.501, 0.40),
+    ("watch", "max_frac_max", "router/max_frac_max", 0.401, 0.399),
+    ("alarm", "max_frac_mean", "router/max_frac_mean", 0.501, 0.35),
+    ("watch", "max_frac_mean", "router/max_frac_mean", 0.351, 0.349),
+    ("alarm", "top1_p", "router/top1_p_mean", 0.801, 0.799),
+    ("watch", "top1_p", "router/top1_p_mean", 1.19 / 8, 1.2 / 8),
+    ("watch", "entropy", "router/entropy_mean", 0.199 * LN8, 0.201 * LN8),
+    ("watch", "starved", "router/frac_srv_e3", 0.049, 0.051),
+    ("watch", "drops", "router/drop_frac_mean", 0.0201, 0.0199),
+    ("watch", "capacity", "router/frac_srv_max", 1.1 / 8 - 0.033, 1.1 / 8 - 0.029),
+]
+
+
+@pytest.mark.parametrize("level, rule, metric, beyond, inside", LINES)
+def test_a_sustained_rule_fires_beyond_its_line_and_not_inside(level, rule, metric, beyond, inside):
+    """Fifty steps beyond fire it, the same inside do not; nor do fifty steps before which nothing is known."""
+    assert said(put(healthy(), metric, beyond)) == {(level, rule, metric)}
+    assert said(put(healthy(), metric, inside)) == set()
+    assert said(put(healthy(), metric, beyond).iloc[-49:]) == set()
+    found = findings(put(healthy(), metric, beyond, last=80), EXPERIMENT_1, 8)[0]
+    assert (found.kind, found.last) == ("sustained", 600)
+    assert 510 <= found.first <= 521  # the first fifty whose mean was beyond may hold a few that were not
+    assert found.levers
+    assert all(lever.undo and KNOBS[lever.knob].low <= lever.value_to <= KNOBS[lever.knob].high
+               and lever.value_to != lever.value_from for lever in found.levers)
+
+
+def test_a_spike_passes_where_the_mean_is_inside():
+    """One step at 0.6 is said to be a spike, at level ok; it is not sustained."""
+    frame = put(put(healthy(), "router/max_frac_max", 0.6, last=10), "router/max_frac_max", 0.2, last=9)
+    found, = findings(frame, EXPERIMENT_1, 8)
+    assert (found.level, found.kind, found.first, found.last, found.value) == ("ok", "spike", 591, 591, 0.6)
+
+
+@pytest.mark.parametrize("E, K, few", [(8, 1, 2), (4, 1, 2), (64, 1, 16), (8, 2, 3)])
+def test_dips_of_the_active_experts_are_watched_and_repeated_deep_ones_alarm(E, K, few):
+    """E - 1 of 8 is healthy, one fewer a dip; three dips to a quarter are where a collapse begins."""
+    dip = E - max(1, E // 8) - 1
+    alarm, watch = ({(level, "active", "router/active_min")} for level in ("alarm", "watch"))
+    assert said(put(healthy(E=E), "router/active_min", few, last=3), E, K) == alarm
+    assert said(put(healthy(E=E), "router/active_min", few, last=2), E, K) == watch
+    assert said(put(healthy(E=E), "router/active_min", dip, last=1), E, K) == watch
+    assert said(put(healthy(E=E), "router/active_min", dip + 1), E, K) == set()
+
+
+def test_one_collapsed_step_alarms_from_the_first_row_on_and_the_levers_lead_out():
+    frame = put(healthy(n=5), "router/collapsed", 1.0, last=1)
+    found, = findings(frame, EXPERIMENT_1, 8)
+    assert (found.level, found.rule, found.first, found.last) == ("alarm", "collapsed", 5, 5)
+    assert [lever.text for lever in found.levers] == [
+        "router_temp 1.30 -> 2.50", "router_noise_std 0.30 -> 1.00", "load_balance_alpha 0.12 -> 0.15"]
+    assert said(healthy(n=5)) == set()
+    assert said(put(healthy(), "router/collapsed", 1.0, last=60).iloc[:-50]) != set()
+
+
+def test_a_line_is_scaled_to_the_picks():
+    """With two picks of eight an expert that every token asks for has half of the assignments: collapsed."""
+    frame = put(healthy(K=2), "router/max_frac_max", 0.46)
+    assert {("alarm", "collapsed", "router/collapsed"), ("alarm", "max_frac_max", "router/max_frac_max")} == said(
+        frame, K=2)
+    assert said(put(healthy(K=2), "router/max_frac_max", 0.44), K=2) == {
+        ("alarm", "max_frac_max", "router/max_frac_max")}
+
+
+def test_entropy_far_below_early_is_an_alarm_only_while_it_falls():
+    falling = put(healthy(), "router/entropy_mean", np.linspace(0.4, 0.05, 100) * LN8, last=100)
+    found = findings(put(falling, "router/entropy_mean", np.linspace(0.11, 0.05, 50) * LN8), EXPERIMENT_1, 8)
+    assert [(f.level, f.rule) for f in found] == [("alarm", "entropy")]
+    steady = put(healthy(), "router/entropy_mean", 0.09 * LN8, last=200)
+    assert {f.level for f in findings(steady, EXPERIMENT_1, 8)} == {"watch"}
+
+
+def test_entropy_near_uniform_is_watched_late_and_not_before():
+    """0.97 ln E at step 1100 is under-specialised; at step 900 it is early."""
+    late = put(healthy(1100), "router/entropy_mean", 0.97 * LN8)
+    assert said(late) == {("watch", "entropy", "router/entropy_mean")}
+    assert said(late.set_index(late.index - 200)) == set()
+    assert said(put(healthy(1100), "router/entropy_mean", 0.955 * LN8)) == set()
+    assert "router_temp 1.30 -> 1.25" in [lever.text for lever in findings(late, EXPERIMENT_1, 8)[0].levers]
+
+
+def test_the_balance_loss_is_watched_where_it_grows_with_the_largest_share_and_alpha_did_not():
+    def frame(aux, top, alpha=0.12):
+        scatter = 1 + np.random.default_rng(2).normal(0, 0.02, 100)
+        made = put(healthy(), "router/aux_mean", np.linspace(0.12, aux, 100) * scatter, last=100)
+        made = put(made, "router/load_balance_alpha", np.linspace(0.12, alpha, 100), last=100)
+        return put(made, "router/max_frac_mean", np.linspace(0.16, top, 100) * scatter, last=100)
+    assert said(frame(0.2, 0.3)) == {("watch", "aux", "router/aux_mean")}
+    assert said(frame(0.2, 0.16)) == said(frame(0.12, 0.3)) == said(frame(0.125, 0.165)) == set()
+    assert said(frame(0.2, 0.3, alpha=0.2)) == set()  # the coefficient was raised
+
+
+def test_clipping_counts_over_the_run_and_a_flat_count_is_fine():
+    frame = healthy(500)
+    frame["grad/clipped_cum"] = np.ceil(0.2 * frame.index)
+    assert said(frame) == {("watch", "clipping", "grad/clipped_cum")}
+    assert findings(frame.iloc[:99], EXPERIMENT_1, 8) == []
+    frame["grad/clipped_cum"] = np.ceil(0.09 * frame.index)
+    assert findings(frame, EXPERIMENT_1, 8) == []
+    frame["grad/clipped_cum"] = np.minimum(frame.index, 300)
+    found, = findings(frame, EXPERIMENT_1, 8)
+    assert (found.level, found.value) == ("ok", 0.6)
+
+
+def test_one_collapsed_layer_out_of_four_is_named_and_most_layers_are_said_once():
+    """Layer 2 puts every token on one expert; then all four do."""
+    def frame(layers):
+        made = healthy()
+        for name, value in (("max_frac_mean", 1.0), ("active_mean", 1.0), ("entropy_mean", 0.01),
+                            ("top1_p_mean", 0.99)):
+            for layer in layers:
+                made = put(made, f"router/{name}/layer_{layer}", value)
+            made[f"router/{name}"] = made[[f"router/{name}/layer_{i}" for i in range(4)]].mean(axis=1)
+        made["router/max_frac_max"] = made[[f"router/max_frac_mean/layer_{i}" for i in range(4)]].max(axis=1)
+        made["router/active_min"] = made[[f"router/active_mean/layer_{i}" for i in range(4)]].min(axis=1)
+        made["router/collapsed"] = (made["router/max_frac_max"] >= 0.9).astype(float)
+        return made
+
+    found = findings(frame([2]), EXPERIMENT_1, 8)
+    assert (found[0].level, found[0].rule, found[0].layer, found[0].metric) == (
+        "alarm", "collapsed", 2, "router/max_frac_mean/layer_2")
+    assert found[0].text.startswith("layer 2: collapsed in 50 of the last 50 logged steps")
+    assert {f.layer for f in found if f.level == "alarm"} == {2}
+    everywhere = findings(frame(range(4)), EXPERIMENT_1, 8)
+    assert {f.layer for f in everywhere} == {None}
+
+
+def test_levers_are_of_the_knobs_that_there_are_and_stop_where_the_guide_stops():
+    frame = put(healthy(), "router/max_frac_max", 0.45)
+    found, = findings(frame, {"load_balance_alpha": 0.2, "router_temp": 1.3379}, 8)
+    assert [lever.text for lever in found.levers] == ["router_temp 1.34 -> 1.64"]
+    assert (found.low, found.high) == healthy_band("router/max_frac_max", 8) == (None, 0.4)
+
+
+def test_a_user_adds_a_rule_in_three_lines_and_a_broken_one_is_named():
+    """It reads any metric, of a dense run too; what a test raises says which rule it was."""
+    mine = Rule("high loss", "train/ce", "watch", sustained(above=6.0), "{metric_value}")
+    dense = pd.DataFrame({"train/ce": np.full(60, 7.0)}, index=pd.RangeIndex(1, 61, name="step"))
+    with pytest.raises(ValueError, match=r"rule 'high loss'.*metric_value"):
+        findings(dense, {}, 0, rules=[mine])
+    rules = [*RULES, Rule("high loss", "train/ce", "watch", sustained(above=6.0), "train/ce is {value:.2f}")]
+    found, = findings(dense, {}, 0, rules=rules)
+    assert (found.text, found.first, found.last, found.high) == ("train/ce is 7.00", 1, 60, 6.0)
+    assert findings(dense.iloc[:0], {}, 0) == []
+
+
+def test_a_collapse_provoked_in_training_is_found_at_once_and_its_levers_bring_the_run_back(tiny_run):
+    """A run whose router is biased to one expert alarms by its first step; the levers end it."""
+    run = tiny_run(n_layer=2, learning_rate=1e-2)
+    assert run.health() == []
+    run.step(1)
+    for block in run._trainer.model.blocks:
+        block.mlp.router.bias.data[1] += 6.0
+    run.step(2)
+    found = run.health()
+    assert (found[0].level, found[0].rule, found[0].first) == ("alarm", "collapsed", 2)
+    for lever in found[0].levers:
+        run.knobs[lever.knob].hold(lever.value_to)
+    run.step(150)
+    assert not [f for f in run.health() if f.rule == "collapsed"]
