@@ -13,75 +13,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.basedatatypes import Undefined
-from plotly.serializers import custom_serializers
-from traitlets import Dict, observe
 
 from moe_core.session import BUSY
 from widgets.feed import Feed
 from widgets.figures import WIDTH, panel_parts, step_axes
+from widgets.panel_widget import PanelFigure
 
 TICK = 0.25  # seconds between two looks at the run
 DRAWING_SHARE = 0.08  # of the time may go into drawing; what follows an answer, painting, is not in it
 FIRST, SHORTEST, LONGEST = 1.0, 0.25, 30.0  # seconds between two updates while a browser answers
 PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many after each further one
 RARELY = 30.0  # seconds between two updates when none was answered for long
+FIRST_WORDS = 3  # answers after a page was loaded that are answered with the whole figure
 TRIES = 5  # unanswered updates without news after which only a browser's call brings another
 LIVE_POINTS = 600  # of a line: more than it has pixels, in most windows
-MOVING = ("x", "y", "z", "customdata", "text", "marker.symbol", "marker.opacity")  # what grows in a trace
-
-
-class PanelFigure(go.FigureWidget):
-    """A FigureWidget that hears when a browser has drawn it, at next to no cost.
-
-    Plotly's own handler of that answer copies every trace's defaults back into Python, tens of milliseconds
-    that a training thread in the same process would feel; nothing here reads them.
-    """
-
-    _set_trace_uid = False  # the charts' own say what a trace is
-    _js2py_traceDeltas = Dict(allow_none=True).tag(sync=True, echo_update=False, **custom_serializers)
-
-    def __init__(self, *args, **kwargs):
-        self._guard = threading.RLock()
-        self._drawn: Callable[[int], None] = lambda edit_id: None
-        self._zoomed: Callable[[dict], None] = lambda changes: None
-        super().__init__(*args, **kwargs)
-        self._config = {"displaylogo": False, "showSendToCloud": False,
-                        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
-
-    def set_state(self, sync_data):
-        # While a message is taken in, traitlets holds all notifications of this object, those of another
-        # thread's assignments included, and merges them: an update sent meanwhile would be lost.
-        with self._guard:
-            super().set_state(sync_data)
-
-    @observe("_js2py_traceDeltas")
-    def _handler_js2py_traceDeltas(self, change):
-        if change["new"]:
-            self._drawn(change["new"]["trace_edit_id"])
-            self._js2py_traceDeltas = None
-
-    @observe("_js2py_relayout")
-    def _handler_js2py_relayout(self, change):
-        if change["new"]:
-            self._zoomed(change["new"]["relayout_data"])
-        super()._handler_js2py_relayout(change)
-
-    def send_whole(self) -> None:
-        """Send everything that moves. Plotly sends what has changed, which a page loaded since cannot build on."""
-        restyle = {path: [_at(trace, path) for trace in self._data] for path in MOVING}
-        titles = {f"annotations[{i}].text": note.text for i, note in enumerate(self.layout.annotations)}
-        self._send_update_msg(restyle, titles, list(range(len(self.data))))
-
-    def keep(self) -> None:
-        """Make what is shown the state that a page gets when it is loaded anew."""
-        with self._guard, self.hold_sync():
-            self._widget_data = deepcopy(self._data)
-            self._widget_layout = deepcopy(self._layout)
 
 
 class Live:
@@ -94,16 +41,17 @@ class Live:
     def __init__(self, run, tick: Callable[[], None] = lambda: None,
                  news: Callable[[list[dict]], None] = lambda events: None,
                  report: Callable[[Exception], None] = lambda error: None):
+        """The figure is there at once, with the whole history; :meth:`start` begins to follow."""
         self._run, self._tick, self._report = run, tick, report
         self._feed, self._width, self._window = Feed(run, news), WIDTH, None
         self._feed.refresh()
         self._traces, self._layout = self._parts()
-        self.figure = PanelFigure(self._traces, self._layout | {"template": "none"})
-        self.figure._drawn, self.figure._zoomed = self._on_drawn, self._on_zoomed
+        self.figure = PanelFigure(self._traces, self._layout | {"template": "none"}, self._on_drawn, self._on_zoomed)
         self.interval = FIRST  # seconds between two updates
         self._took: deque[float] = deque(maxlen=5)  # seconds from an update to its answer
         self._sent_at, self._waiting, self._unanswered = 0.0, set(), 0  # waiting: edit ids without an answer
         self._stale, self._kept = False, True  # there is something to show; a new page gets what is shown
+        self._expected = 0  # answers that may come of a view that is being made
         self._warming = self._reloaded = False
         self._wanted: deque[tuple[str, object]] = deque()
         self._wake, self._closed = threading.Event(), False
@@ -128,6 +76,11 @@ class Live:
     def resize(self, width: int) -> None:
         """Lay out for this many pixels."""
         self._want("width", width)
+
+    def expect(self) -> None:
+        """A page is about to show the figure anew, and will need all of it."""
+        self._expected = FIRST_WORDS
+        self._reload()
 
     def close(self) -> None:
         """Stop following; the figure stays as it is. Waits for the thread."""
@@ -164,14 +117,17 @@ class Live:
         if asked or self._due(resting):
             if self._feed.refresh() or asked:
                 self._stale = True
-            if self._stale or self._waiting:
-                self._send()
+            overdue = bool(self._waiting) and not asked
+            if self._stale or overdue:
+                self._send(overdue)
         if asked or (resting and not self._stale and not self._kept):
             self.figure.keep()
             self._kept = True
 
     def _due(self, resting: bool) -> bool:
         waited = time.perf_counter() - self._sent_at
+        if self._reloaded:
+            return True
         if not self._waiting:
             # At rest a last row or a note is shown at once: it is one update, not one of many.
             return waited >= (SHORTEST if resting else self.interval)
@@ -187,12 +143,13 @@ class Live:
         # later follows the window but no side bar.
         return traces, layout | {"width": self._width, "autosize": False}
 
-    def _send(self) -> None:
+    def _send(self, again: bool) -> None:
+        """Bring the figure up to date, and the browser: with what is new, or ``again`` with all of it."""
         traces, layout = self._parts()
         figure = self.figure
-        with figure._guard:
-            whole = self._reloaded or bool(self._waiting)
-            self._unanswered = self._unanswered + 1 if self._waiting else 0
+        with figure.guard:
+            whole = again or self._reloaded
+            self._unanswered = self._unanswered + 1 if again else 0
             self._stale = self._kept = self._reloaded = False
             self._sent_at, before = time.perf_counter(), figure._last_trace_edit_id
             with figure.batch_update():
@@ -208,10 +165,13 @@ class Live:
 
     def _on_drawn(self, edit_id: int) -> None:
         """The browser has drawn. Called on the kernel's thread for messages, under the figure's guard."""
-        if edit_id not in self._waiting:  # a page that was just loaded: it shows the state that was kept last
-            self._stale = self._warming = self._reloaded = True
-            self.wake()
-        elif edit_id == max(self._waiting):
+        if self._expected:
+            # Who speaks may be the view that is being made, which shows what was kept last and missed what was
+            # sent since, or one that was there before: all of it again, for the next few answers.
+            self._expected -= 1
+            self._waiting.clear()
+            self._reload()
+        elif edit_id == max(self._waiting, default=None):  # any other is a second view's, or came late
             self._waiting.clear()
             if not self._warming:  # a page's first drawing takes several times as long as the next ones
                 self._took.append(time.perf_counter() - self._sent_at)
@@ -219,6 +179,9 @@ class Live:
             self._warming = False
         self._unanswered = 0
 
+    def _reload(self) -> None:
+        self._stale = self._warming = self._reloaded = True
+        self.wake()
 
     def _on_zoomed(self, changes: dict) -> None:
         """A person has moved the step axis: draw what is in sight in full detail. As :meth:`_on_drawn`."""
@@ -233,13 +196,6 @@ class Live:
     def _want(self, name: str, value) -> None:
         self._wanted.append((name, value))
         self.wake()
-
-
-def _at(trace: dict, path: str):
-    """What a trace has at a dotted path; plotly's mark for nothing where it has no such thing."""
-    for key in path.split("."):
-        trace = trace.get(key, Undefined) if isinstance(trace, dict) else Undefined
-    return trace
 
 
 def _changes(old, new, path: str = "") -> Iterator[tuple[str, object]]:

@@ -8,9 +8,11 @@ from traitlets import Int
 _ESM = """
 export default {
   render({ model, el }) {
-    let panel = null, timer = 0;
+    model.set("views", model.get("views") + 1);
+    model.save_changes();
+    let panel = null, timer = 0, gone = false;
     const say = (name, value) => {
-      if (model.get(name) !== value) { model.set(name, value); model.save_changes(); }
+      if (!gone && model.get(name) !== value) { model.set(name, value); model.save_changes(); }
     };
     const rows = () => [...panel.querySelectorAll(".moe-knob")];
     // ipywidgets builds a slider's handle without a name, anew when its range changes, and puts the tooltip
@@ -43,7 +45,7 @@ export default {
       if (width > 0) timer = setTimeout(say, 150, "width", width);  // once, when a side bar has come to rest
     });
     size.observe(el);
-    return () => { clearTimeout(timer); size.disconnect(); names.disconnect(); };
+    return () => { gone = true; clearTimeout(timer); size.disconnect(); names.disconnect(); };
   },
 };
 """
@@ -110,13 +112,15 @@ _CSS = """
 class Page(anywidget.AnyWidget):
     """Lies in the panel, unseen. ``width``: the panel's, in pixels, rounded to 10; 0 until a page shows it.
 
-    ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none.
+    ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none. ``views``: how many times a
+    page has made the panel.
     """
 
     _esm = _ESM
     _css = _CSS
     width = Int(0).tag(sync=True)
     focus = Int(-1).tag(sync=True)
+    views = Int(0).tag(sync=True)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

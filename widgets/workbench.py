@@ -58,6 +58,7 @@ class Workbench(ipw.VBox):
                           self._charts(), self.journal.widget])
         self.add_class("moe-workbench")
         self.page.observe(lambda change: self.live.resize(change.new), "width")
+        self.page.observe(lambda change: self.live.expect(), "views")
         self._tick()
         self.live.start()
         _panels[place] = self
