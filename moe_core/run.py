@@ -17,6 +17,7 @@ from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.history import History
 from moe_core.knobs import Knobs
+from moe_core.preview import Preview, preview
 from moe_core.session import Command, Progress, Session
 from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.timeline import Timeline, build_trainer
@@ -170,6 +171,14 @@ class Run(Timeline):
         """What the router guide's rules say of the newest steps, worst first (see ``moe_core.health``)."""
         return health.read(self.store, self._branch.id, self._step,
                            {name: knob.value for name, knob in self.knobs.items()}, self.config)
+
+    def preview(self, **values: float) -> Preview:
+        """What the routers would do with the last batch at these knob values: ``run.preview(router_temp=1.6)``.
+
+        Nothing is trained and no random number of the run is used; it may be asked while the run trains. Knobs
+        that are not named keep the values that the batch had. Raises KnobError, or RuntimeError before a first step.
+        """
+        return preview(self._trainer, self.config, values)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

@@ -38,6 +38,19 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
+class Routed:
+    """What the routers of optimizer step ``step`` decided on in its last micro-batch, for ``Run.preview``.
+
+    The logits stay on the device, L * T * E * 4 bytes until the next step; the noise is drawn again from ``noise``.
+    """
+
+    step: int
+    values: dict[str, float]  # of the knobs
+    router_logits: tuple[Tensor, ...]  # raw, [T, E] of each layer
+    noise: Tensor  # the noise generator's state before that micro-batch
+
+
+@dataclass(frozen=True)
 class _Backward:
     """What a step knows before its update. The parameters' ``.grad`` belong to it."""
 
@@ -46,6 +59,8 @@ class _Backward:
     ghats: list[Tensor | None]  # gradients on sampled labels; empty where no Hessian pass was due
     ghat_norm: float  # 0 where none was due
     update_sizes: list[float]  # of each parameter group, by the step before
+    router_logits: tuple[Tensor, ...] | None  # of the last micro-batch
+    noise: Tensor  # the noise generator's state before it
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,7 @@ class Trainer:
         self.labels = torch.Generator(self.device).manual_seed(config.seed + 2)  # of Sophia's Hessian passes
         self.steps_done = 0
         self.clipped = 0
+        self.routed: Routed | None = None  # replaced whole, so that any thread may read it
 
     def step(self, validate: bool = True) -> StepRecord:
         """Do one optimizer step; ``validate`` False leaves out a validation that is due.
@@ -106,6 +122,8 @@ class Trainer:
             self.labels.set_state(labels)
             raise
         self._update(number, values, seen)
+        if seen.router_logits is not None:
+            self.routed = Routed(number, values, seen.router_logits, seen.noise)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
         metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
         if every := self.config.eval_interval:
@@ -128,6 +146,7 @@ class Trainer:
         self.optimizer.zero_grad()
         for _ in range(optim.gradient_accumulation_steps):
             window = self.train.next().to(self.device, non_blocking=True)
+            noise = self.noise.get_state()  # kept by the host, on a GPU too
             out = self.model(window[:, :-1], window[:, 1:], controls=controls, generator=self.noise)
             loss = out.losses["ce"]
             if model.n_experts:
@@ -145,7 +164,8 @@ class Trainer:
         sizes, end = update_sizes(self.optimizer, self.device), len(report)
         vector = torch.cat([report / optim.gradient_accumulation_steps, sizes, norms]).cpu().numpy()
         return _Backward(Reading.unpack(vector[:end], model.n_layer, model.n_experts), norm=float(vector[-1]),
-                         ghats=ghats, ghat_norm=float(vector[-2]), update_sizes=vector[end:-2].tolist())
+                         ghats=ghats, ghat_norm=float(vector[-2]), update_sizes=vector[end:-2].tolist(),
+                         router_logits=out.router_logits, noise=noise)
 
     def _update(self, number: int, values: dict[str, float], seen: _Backward) -> None:
         if seen.norm > values["grad_clip"]:

@@ -62,6 +62,7 @@ class Routing:
     balance_loss: Tensor  # float32 0-D, 1 when balanced, E when collapsed
     z_loss: Tensor  # float32 0-D, of the raw logits
     stats: RouterStats
+    logits_TE: Tensor  # float32, the raw logits, detached: what to ask "what if" of
 
 
 def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | None = None,
@@ -137,6 +138,7 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
             top1_p=probs_TE.detach().gather(1, experts_TK[:, :1]).mean(),
             entropy=-(probs_TE * log_probs_TE).detach().sum(-1).mean(),
         ),
+        logits_TE=logits_TE.detach(),
     )
 
 

@@ -26,6 +26,7 @@ class Output:
     balance_L: Tensor | None  # detached, of each layer; None when dense, as the two below
     z_L: Tensor | None
     stats: RouterStats | None  # each tensor with a leading L
+    router_logits: tuple[Tensor, ...] | None  # of each layer, raw, detached: float32 [T, E], not copied together
     logits_BSV: Tensor | None  # in the compute dtype; None where targets are given and nobody asked
 
 
@@ -136,7 +137,7 @@ class Transformer(nn.Module):
             routings.append(routing)
         logits_BSV = F.linear(self.norm(x_BSD), self.embed.weight.to(x_BSD.dtype))
 
-        losses, balance_L, z_L, stats = {}, None, None, None
+        losses, balance_L, z_L, stats, router_logits = {}, None, None, None, None
         if targets_BS is not None:
             # In float32: a bfloat16 sum of this many terms is wrong in the first decimal.
             losses["ce"] = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
@@ -148,8 +149,9 @@ class Transformer(nn.Module):
             losses |= {"balance": balance_L.mean(), "z": z_L.mean()}
             balance_L, z_L = balance_L.detach(), z_L.detach()
             stats = RouterStats.stack([r.stats for r in routings])
+            router_logits = tuple(r.logits_TE for r in routings)
         wants_logits = return_logits or targets_BS is None
-        return Output(losses, balance_L, z_L, stats, logits_BSV if wants_logits else None)
+        return Output(losses, balance_L, z_L, stats, router_logits, logits_BSV if wants_logits else None)
 
     def num_params(self) -> int:
         """Every parameter once (the output head is the embedding), from the structure alone."""
