@@ -62,7 +62,7 @@ def findings(metrics: pd.DataFrame, knobs: Mapping[str, float], n_experts: int, 
 
 def _told(whole: Finding | None, of_layers: list[Finding], n_layers: int) -> list[Finding]:
     """A finding of all layers, or of the few that it is about."""
-    if whole is None:
+    if whole is None or (whole.level == "ok" and of_layers):
         return of_layers
     worse = [f for f in of_layers if LEVELS.index(f.level) > LEVELS.index(whole.level)]
     as_bad = [f for f in of_layers if f.level == whole.level and f.kind == whole.kind]
