@@ -74,6 +74,7 @@ class KnobHandle:
 
     def _post(self, mode: str, **how) -> None:
         check_turn(self.name, mode, **how)
+        how = {key: value if key == "over" else float(value) for key, value in how.items()}  # NumPy's too
         self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how}))
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ recompiles nothing and waits for no device.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -86,7 +87,7 @@ def check_turn(name: str, mode: str, value: float | None = None, over: int | Non
         if value is not None or over is not None:
             raise KnobError(f"{name}: follow takes no value; the schedule says what it is")
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not spec.low <= value <= spec.high:
         raise KnobError(f"{name} = {value!r}: must be a number from {spec.low:g} to {spec.high:g}")
     if mode == "ramp" and (not isinstance(over, int) or isinstance(over, bool) or over < 1):

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 import moe_core as mc
@@ -56,7 +57,7 @@ def test_a_turn_holds_from_the_step_that_its_event_names(tiny_run):
     run = tiny_run()
     run.step(3)
     run.knobs["router_temp"].hold(2.5)
-    run.knobs["load_balance_alpha"].hold(0.3)
+    run.knobs["load_balance_alpha"].hold(np.float32(0.3))
     assert run.knobs["router_temp"].applied_at == 4
     run.step(2)
     event = run.events().iloc[0]
