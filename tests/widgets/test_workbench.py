@@ -136,6 +136,22 @@ def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
         again.close()
 
 
+def test_the_panel_follows_a_run_that_goes_back(tiny_run, bench):
+    """After a rewind it shows the new line alone: what it inherited, then what was trained on it."""
+    run = tiny_run()
+    panel = bench(run)
+    line = next(trace for trace in panel.live.figure.data if trace.uid == "train-loss")
+    panel.start(9)
+    assert panel.session.wait(30)
+    assert soon(lambda: len(line.x) == 9)
+    run.rewind(4)
+    assert soon(lambda: len(line.x) == 4 and "from step 4" in panel.journal.widget.value)
+    run.knobs["lr_scale"].hold(0.0)
+    run.step(2)
+    assert soon(lambda: line.x.tolist() == [1, 2, 3, 4, 5, 6])
+    np.testing.assert_allclose(line.y, run.metrics()["train/loss"], rtol=1e-6)
+
+
 def test_a_dense_run_has_a_panel_without_experts(tiny_run, bench):
     run = tiny_run(n_experts=0)
     panel = bench(run)
