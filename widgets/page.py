@@ -55,8 +55,8 @@ _CSS = """
 .moe-workbench > * { margin: 0; }
 .moe-page { height: 0; overflow: hidden; }
 .moe-workbench .widget-html-content { line-height: 1.35; }
-.moe-run { display: flex; flex-flow: row wrap; align-items: center; gap: 6px; }
-.moe-run .widget-button, .moe-note .widget-button { width: auto; padding: 0 14px; }
+.moe-run, .moe-branches { display: flex; flex-flow: row wrap; align-items: center; gap: 6px; }
+.moe-run .widget-button, .moe-branches .widget-button, .moe-note .widget-button { width: auto; padding: 0 14px; }
 .moe-run .moe-status { flex: 1 1 260px; min-width: 0; }
 .moe-charts, .moe-knob-text, .moe-status { contain: layout paint style; }
 .moe-status-line { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline;

@@ -10,6 +10,7 @@ from pathlib import Path
 import ipywidgets as ipw
 
 from moe_core.session import BUSY, Session
+from widgets.branches import BranchRow
 from widgets.controls import KnobControl
 from widgets.live import Live
 from widgets.notes import Log, NoteBox
@@ -52,10 +53,11 @@ class Workbench(ipw.VBox):
         self.live = Live(run, tick=self._tick, news=self.journal.write_events, report=self._failed)
         self.page = Page()
         self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
+        self.branches = BranchRow(run, self.journal, self.live.wake)
         self.notes = NoteBox(run, self.journal, posted=self.live.wake)
         self._shown, self._counted_at, self._last_report = self.session.progress(), 0.0, ""
-        super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.notes.widget,
-                          self._charts(), self.journal.widget])
+        super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.branches.widget,
+                          self.notes.widget, self._charts(), self.journal.widget])
         self.add_class("moe-workbench")
         self.page.observe(lambda change: self.live.resize(change.new), "width")
         self.page.observe(lambda change: self.live.expect(), "views")
@@ -118,6 +120,8 @@ class Workbench(ipw.VBox):
         return table
 
     def _charts(self) -> ipw.Box:
+        for line in self.live.figure.select_traces({"type": "scatter"}):
+            line.on_click(lambda _, points, __: self.branches.aim(round(points.xs[0])) if points.xs else None)
         charts = ipw.VBox([self.live.figure])
         charts.add_class("moe-charts")
         return charts
@@ -134,6 +138,8 @@ class Workbench(ipw.VBox):
             self._shown, self._counted_at = progress, now
             self.pause_button.disabled = progress.state != "training"
             _show(self.status, _status_line(progress))
+            if progress.state not in BUSY:
+                self.branches.refresh()
         for row, control in enumerate(self.controls):
             if due or control.waits:
                 control.refresh(focused=row == self.page.focus)

@@ -1,0 +1,52 @@
+import pytest
+
+from widgets.branches import BranchRow
+from widgets.notes import Log
+
+
+@pytest.fixture
+def row(tiny_run):
+    run = tiny_run()
+    log = Log()
+    return run, BranchRow(run, log), log
+
+
+def test_undo_and_rewind_open_branches_and_the_picker_goes_back(row):
+    """Each by its own widget, as a hand would: the run stands where the row says, and nothing is lost."""
+    run, row, _ = row
+    run.step(4)
+    run.step(3)
+    row.undo.click()
+    run.session.wait()
+    row.refresh()
+    assert (run.branch, run.current_step, row.branch.value) == ("from-4", 4, "from-4")
+    row.aim(2)
+    row.rewind.click()
+    run.session.wait()
+    row.refresh()
+    assert (run.branch, run.current_step) == ("from-2", 2)
+    assert row.branch.options == ("main", "from-4", "from-2")
+    row.branch.value = "main"
+    run.session.wait()
+    assert (run.branch, run.current_step) == ("main", 7)
+
+
+def test_saved_checkpoints_of_this_line_are_offered(row):
+    run, row, _ = row
+    run.step(5)
+    row.save.click()
+    run.step(2)
+    row.refresh()
+    assert ("step 5 · step 5", 5) in list(row.saved.options)
+    row.saved.value = 5
+    assert row.step.value == 5
+
+
+def test_what_cannot_be_is_said_in_the_log(row):
+    run, row, log = row
+    row.undo.click()
+    row.aim(9)
+    row.rewind.click()
+    assert "refused: undo: no chunk was trained here" in log.widget.value
+    assert "refused: step = 9: must be a step of this line, 0 to 0" in log.widget.value
+    assert run.branch == "main"

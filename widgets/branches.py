@@ -1,0 +1,85 @@
+"""The row that takes a run back: undo a chunk, rewind to a step or a checkpoint, change the branch, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ipywidgets as ipw
+
+from widgets.notes import Log
+
+
+class BranchRow:
+    """Undo, Rewind, the branch picker and Save. Nothing is overwritten: going back opens a new branch.
+
+    A handler only asks: the session's thread does the moving, and its state says so. :meth:`refresh` brings
+    the row up to date with the run, whoever moved it.
+    """
+
+    def __init__(self, run, log: Log, asked: Callable[[], None] = lambda: None):
+        """``asked`` is called after each wish."""
+        self._run, self._log, self._asked = run, log, asked
+        self.undo = self._button("Undo chunk", "Back to where the last chunk started, on a new branch",
+                                 lambda: run.undo(wait=False))
+        self.step = ipw.BoundedIntText(max=10**9, tooltip="Step to rewind to; a click on a line sets it",
+                                       layout=ipw.Layout(width="84px"))
+        self.saved = ipw.Dropdown(options=[("checkpoints", None)], tooltip="Checkpoint to rewind to",
+                                  layout=ipw.Layout(width="150px"))
+        self.rewind = self._button("Rewind to step", "Back to this step exactly, on a new branch",
+                                   lambda: run.rewind(self.step.value, wait=False))
+        self.branch = ipw.Dropdown(options=[run.branch], tooltip="Branch: choose one to go on from its end",
+                                   layout=ipw.Layout(width="136px"))
+        self.save = self._button("Save", "Save a named checkpoint of this step; it is never pruned",
+                                 lambda: run.checkpoint(f"step {run.current_step}"))
+        self.saved.observe(lambda seen: self._choose(seen.new), "value")
+        self._own_branch = run.branch
+        self.branch.observe(lambda seen: self._switch(seen.new), "value")
+        self.widget = ipw.Box([self.undo, self.rewind, self.step, self.saved, ipw.Label("branch"), self.branch,
+                               self.save])
+        self.widget.add_class("moe-branches")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show what the run says. Any thread."""
+        run = self._run
+        names = tuple(branch.name for branch in run.store.branches())
+        if self.branch.options != names or self.branch.value != run.branch:
+            self._own_branch = run.branch  # not a person's wish
+            with self.branch.hold_sync():
+                self.branch.options = names
+                self.branch.value = run.branch
+        saved = [("checkpoints", None)] + [
+            (f"step {c.step:,}" + (f" · {c.name}" if c.name else ""), c.step) for c in reversed(self._reachable())]
+        if list(self.saved.options) != saved:
+            with self.saved.hold_sync():
+                self.saved.options = saved
+                self.saved.value = None
+
+    def aim(self, step: int) -> None:
+        """Take a step that was pointed at on a chart."""
+        self.step.value = step
+
+    def _reachable(self) -> list:
+        run = self._run
+        current = next(b.id for b in run.store.branches() if b.name == run.branch)
+        upto = dict(run.store.lineage(current))
+        return [c for c in run.store.checkpoints() if c.step <= upto.get(c.branch, -1)]
+
+    def _choose(self, step: int | None) -> None:
+        if step is not None:
+            self.aim(step)
+
+    def _switch(self, name: str | None) -> None:
+        if name is None or name in (self._own_branch, self._run.branch):
+            return
+        self._log.guarded(lambda: self._run.switch(name, wait=False))()
+        self._asked()
+
+    def _button(self, words: str, tooltip: str, action: Callable[[], None]) -> ipw.Button:
+        button, guarded = ipw.Button(description=words, tooltip=tooltip), self._log.guarded(action)
+
+        def click(_):
+            guarded()
+            self._asked()
+        button.on_click(click)
+        return button
