@@ -41,6 +41,11 @@ class KnobHandle:
         return self._knob.setting.value
 
     @property
+    def over(self) -> int | None:
+        """The length of a ramp in steps; None in other modes."""
+        return self._knob.setting.over
+
+    @property
     def value(self) -> float:
         """What the next step will use."""
         return self._knob.at(self._run.current_step + 1)

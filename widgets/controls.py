@@ -69,6 +69,8 @@ class KnobControl:
                 now = time.monotonic()
                 if knob.mode != "follow":
                     self._put_value(knob.target)
+                    if knob.over is not None:
+                        self._put(self.over, knob.over)
                 elif not focused and now - self._pushed_at >= PUSH_EVERY:
                     self._pushed_at = now
                     self._put_value(knob.value)
