@@ -75,6 +75,10 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     until(lambda: store.last_step() == at + 9, "a chunk of eight")
     until(lambda: points(page) >= min(at + 9, 900), "lines that grow after the reload")
     until(lambda: state(page) == "idle", "idle")
+
+    page.get_by_role("button", name="Undo chunk").click()
+    until(lambda: [b.name for b in store.branches()] == ["main", f"from-{at + 1}"], "a branch where the chunk began")
+    until(lambda: f"step {at + 1:,}" in page.locator(".moe-status").inner_text(), "the panel where the run is")
     store.close()
     assert errors == []
 
