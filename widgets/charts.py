@@ -65,17 +65,19 @@ def _shade(color: str, turn: int, rounds: int) -> str:
 def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS) -> Chart:
     """Each expert's share of the assignments over steps: served solid, demand dotted, and the fair share 1/E.
 
-    Where nothing is dropped the two are equal: the dotted line lies hidden under the solid one, and the title
-    says so.
+    Where nothing is dropped the two are equal: the dotted lines, hidden under the solid ones, are not drawn, and
+    the title says so.
     """
     shares, traces = _shares(experts, layer), []
+    dropped = not np.array_equal(shares.demand_nE, shares.served_nE)
     for kind, values_nE, dash in (("demand", shares.demand_nE, "dot"), ("served", shares.served_nE, "solid")):
         for expert, color in enumerate(expert_colors(shares.n_experts)):
             traces.append(_line(
                 f"expert-{expert}-{kind}", shares.steps_n, values_nE[:, expert], color, limit,
                 f"expert {expert} {kind} %{{y:.1%}}", dash=dash, name=str(expert),
-                legendgroup=f"expert-{expert}", showlegend=kind == "served"))
-    keys = ("━ served = demand",) if np.array_equal(shares.demand_nE, shares.served_nE) else ("━ served", "┅ demand")
+                legendgroup=f"expert-{expert}", showlegend=kind == "served",
+                visible=dropped or kind == "served"))
+    keys = ("━ served", "┅ demand") if dropped else ("━ served = demand",)
     title = _titled(f"Share of each expert, {_selection(layer)}", *keys, "╌ fair share")
     return Chart("expert_lines", title, tuple(traces), x={"title": STEP}, y=_share_axis(shares.n_experts),
                  rules=_fair(shares.n_experts), legend=True)

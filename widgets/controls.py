@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import threading
-import time
 from collections.abc import Callable
 
 import ipywidgets as ipw
@@ -19,7 +18,6 @@ HELP = {
 }
 MODES = ("follow", "hold", "ramp")
 SLIDER_STEPS = 400
-PUSH_EVERY = 1.0  # seconds between two moves of a slider that follows its schedule
 
 
 class KnobControl:
@@ -53,7 +51,7 @@ class KnobControl:
 
         self._own: dict[ipw.Widget, object] = {}  # what this class set last, which is nobody's wish
         self._aiming = False  # "ramp" is chosen, its target is not
-        self._refused, self._pushed_at = "", 0.0
+        self._refused = ""  # why the last turn by hand was
         self._guard = threading.RLock()
         self.refresh()
         for widget, handler in ((self.slider, self._aim), (self.number, self._aim), (self.mode, self._choose),
@@ -66,13 +64,11 @@ class KnobControl:
             knob, pending = self.knob, self.knob.pending
             if not (pending or self._aiming):
                 self._put(self.mode, knob.mode)
-                now = time.monotonic()
                 if knob.mode != "follow":
                     self._put_value(knob.target)
                     if knob.over is not None:
                         self._put(self.over, knob.over)
-                elif not focused and now - self._pushed_at >= PUSH_EVERY:
-                    self._pushed_at = now
+                elif not focused:
                     self._put_value(knob.value)
             self.over.layout.visibility = "visible" if self.mode.value == "ramp" else "hidden"
             says = (f'<div class="moe-knob-says"><span>now <b>{knob.value:.3g}</b></span>'
@@ -130,7 +126,6 @@ class KnobControl:
     def _choose(self, mode: str) -> None:
         self._aiming = mode == "ramp"
         if mode == "follow":
-            self._pushed_at = 0.0
             self.knob.follow()
         elif mode == "hold":
             self.knob.hold(self.knob.value)

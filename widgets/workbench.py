@@ -16,7 +16,7 @@ from widgets.live import Live
 from widgets.notes import Log, NoteBox
 from widgets.page import Page
 
-COUNT_EVERY = 1.0  # seconds between two looks at the step, the time left and the knobs
+COUNT_EVERY, MOVE_EVERY = 1.0, 2.0  # seconds between two looks at the step and the time left; at the knobs
 
 _panels: weakref.WeakValueDictionary[Path, Workbench] = weakref.WeakValueDictionary()
 
@@ -55,7 +55,8 @@ class Workbench(ipw.VBox):
         self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
         self.branches = BranchRow(run, self.journal, self.live.wake)
         self.notes = NoteBox(run, self.journal, posted=self.live.wake)
-        self._shown, self._counted_at, self._last_report = self.session.progress(), 0.0, ""
+        self._shown, self._last_report = self.session.progress(), ""
+        self._counted_at = self._moved_at = 0.0
         super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.branches.widget,
                           self.notes.widget, self._charts(), self.journal.widget])
         self.add_class("moe-workbench")
@@ -133,13 +134,14 @@ class Workbench(ipw.VBox):
         # A page that changes is laid out and painted anew, at a cost like a chart's: numbers that only count on
         # wait for each other, what a person waits for does not.
         new = progress != self._shown if progress.state not in BUSY else progress.state != self._shown.state
-        due = new or now - self._counted_at >= COUNT_EVERY
-        if due:
+        if new or now - self._counted_at >= COUNT_EVERY:
             self._shown, self._counted_at = progress, now
             self.pause_button.disabled = progress.state != "training"
             _show(self.status, _status_line(progress))
             if progress.state not in BUSY:
                 self.branches.refresh()
+        due = new or now - self._moved_at >= MOVE_EVERY
+        self._moved_at = now if due else self._moved_at
         for row, control in enumerate(self.controls):
             if due or control.waits:
                 control.refresh(focused=row == self.page.focus)

@@ -101,7 +101,6 @@ def test_a_turn_from_a_cell_shows_in_the_panel_and_turns_nothing_else(tiny_run):
     control.refresh()
     assert (control.slider.value, control.number.value, control.mode.value) == (1.5, 1.5, "hold")
     run.step(1)
-    control._pushed_at = -10
     run.knobs["router_z_loss_coef"].follow()
     control.refresh()
     assert control.mode.value == "follow"
@@ -115,7 +114,6 @@ def test_a_row_that_has_the_focus_does_not_move(tiny_run):
     control = control_of(run, "router_temp")
     before = control.number.value
     run.step(3)
-    control._pushed_at = -10
     control.refresh(focused=True)
     assert control.number.value == before
     control.refresh()
