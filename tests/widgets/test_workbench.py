@@ -144,10 +144,13 @@ def test_the_panel_follows_a_run_that_goes_back(tiny_run, bench):
     panel.start(9)
     assert panel.session.wait(30)
     assert soon(lambda: len(line.x) == 9)
+    answer(panel.live)
     run.rewind(4)
     assert soon(lambda: len(line.x) == 4 and "from step 4" in panel.journal.widget.value)
+    answer(panel.live)
     run.knobs["lr_scale"].hold(0.0)
     run.step(2)
+    answer(panel.live)
     assert soon(lambda: line.x.tolist() == [1, 2, 3, 4, 5, 6])
     np.testing.assert_allclose(line.y, run.metrics()["train/loss"], rtol=1e-6)
 
