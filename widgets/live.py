@@ -22,9 +22,7 @@ from widgets.figures import WIDTH, panel_parts, step_axes
 from widgets.panel_widget import PanelFigure
 
 TICK = 0.25  # seconds between two looks at the run
-# Of the time that may go into drawing. An answer comes before the page is painted, which costs about as much
-# again, and what is taken from one of a step's threads the others wait for.
-DRAWING_SHARE = 0.06
+DRAWING_SHARE = 0.08  # of the time may go into drawing; painting, which follows an answer, is not in it
 FIRST, SHORTEST, LONGEST = 1.0, 0.25, 30.0  # seconds between two updates while a browser answers
 PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many after each further one
 RARELY = 30.0  # seconds between two updates when none was answered for long
