@@ -30,7 +30,7 @@ def _close_all() -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A wish: ``kind`` ("knob" or "note"), what it says, and when (seconds since the epoch) it was asked."""
+    """A wish: ``kind`` ("knob", "note" or "checkpoint"), what it says, and when (seconds since the epoch) it was asked."""
 
     kind: str
     payload: dict
@@ -79,6 +79,7 @@ class Session:
             raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
         with self._changed:
             self._changed.wait_for(lambda: self._state != "moving")
+            self._refuse_closed()
             if self._state in BUSY:
                 self._total += n
                 self._state = "training"
@@ -94,12 +95,15 @@ class Session:
         self.pause()
         with self._changed:
             self._changed.wait_for(lambda: self._state not in BUSY)
+            self._refuse_closed()
             self._done = self._total = 0
             self._launch("moving", lambda: (go(), self._rest("idle")))
 
-    def _launch(self, state: str, work: Callable[[], None]) -> None:
+    def _refuse_closed(self) -> None:
         if self._closed:
             raise RuntimeError("this session is closed; use run.session, the one that took its place")
+
+    def _launch(self, state: str, work: Callable[[], None]) -> None:
         self._error, self._state, self._clock = None, state, time.perf_counter()
         self._thread = threading.Thread(target=self._work, args=(work,), name="moe-training", daemon=True)
         self._thread.start()

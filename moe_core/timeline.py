@@ -39,9 +39,11 @@ class Timeline:
     def advance(self) -> StepRecord:
         """One optimizer step, on disk when this returns. For the session's thread; users call :meth:`step`."""
         started = time.perf_counter()
-        record = self._trainer.step()
+        # Kept until its row is on disk: where a full disk refuses the row, the step is applied already, and the
+        # next call writes it before anything else happens.
+        record = self._unwritten = self._unwritten or self._trainer.step()
         self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
-        self._step = record.step
+        self._unwritten, self._step = None, record.step
         every, val = self.config.save_interval, record.metrics.get("val/loss", math.nan)
         self._unsaved_s += time.perf_counter() - started
         if self.history.is_best(self._branch.id, record.step, val) or (every and record.step % every == 0):
@@ -190,7 +192,7 @@ class Timeline:
         self._branch = next(b for b in self.store.branches() if b.id == branch)
         self._step = self.store.last_step(branch)
         self._knobs.replay(self.history.turns(branch))
-        self._unsaved_s = 0.0
+        self._unsaved_s, self._unwritten = 0.0, None
         self.store.set_meta("branch", branch)
 
     def _save(self, name: str | None = None) -> None:
