@@ -30,7 +30,7 @@ def _close_all() -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A wish: ``kind`` ("knob", "note" or "checkpoint"), what it says, and when (seconds since the epoch) it was asked."""
+    """A wish: ``kind`` ("knob", "note" or "checkpoint"), what it says, and when it was asked (seconds since 1970)."""
 
     kind: str
     payload: dict

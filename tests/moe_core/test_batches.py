@@ -1,5 +1,7 @@
 """Windows of a token stream: shuffled into batches, resumed at the exact next one, spread for validation."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
