@@ -13,10 +13,10 @@ from moe_core.config import (
     OptimConfig,
     RouterConfig,
     RunConfig,
-    preset,
 )
 from moe_core.data import DataError
 from moe_core.knobs import KnobError
+from moe_core.presets import preset
 from moe_core.run import Run, free_path
 from moe_core.session import Command, Progress, Session
 from moe_core.store import RunStore, StoreError

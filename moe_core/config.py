@@ -11,7 +11,11 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+
+OPTIMIZERS = ("adamw", "muon_adamw", "muon_sophia", "sophia")
+MIRRORS = ("wandb", "tensorboard", "trackio")
 
 
 class ConfigError(ValueError):
@@ -73,6 +77,7 @@ class ModelConfig(_Checked):
     d_model: int = _field(512, ge=8)
     block_size: int = _field(2048, ge=2)
     n_experts: int = _field(8, ge=0)
+    skip_first_n_moe: int = _field(0, ge=0)  # dense blocks before the first routed one
     expert_width: int | None = _field(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
     mlp: str = _field("swiglu", choices=("swiglu", "gelu"))  # of a dense block
     mlp_width: int | None = _field(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
@@ -82,8 +87,12 @@ class ModelConfig(_Checked):
     use_rope: bool = True  # False: learned positions
     rope_theta: float = _field(10000.0, gt=0)
     norm_eps: float = _field(1e-6, gt=0)
+    dropout: float = _field(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
+    bias: bool = False  # of every linear layer, experts included; the router always has one
 
     def _check(self):
+        if self.n_experts and self.skip_first_n_moe >= self.n_layer:
+            raise ConfigError(f"skip_first_n_moe = {self.skip_first_n_moe}: must be less than n_layer = {self.n_layer}")
         if self.d_model % self.n_head:
             raise ConfigError(f"d_model = {self.d_model}: must be divisible by n_head = {self.n_head}")
         if self.n_head % self.kv_heads:
@@ -98,6 +107,11 @@ class ModelConfig(_Checked):
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_head
+
+    @property
+    def n_moe_layer(self) -> int:
+        """Blocks with experts, the L of shares and router metrics; layer 0 there is the first routed block."""
+        return self.n_layer - self.skip_first_n_moe if self.n_experts else 0
 
     @property
     def ff_width(self) -> int:
@@ -118,6 +132,8 @@ class RouterConfig(_Checked):
     norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
     dropless: bool = True
     capacity_factor: float = _field(1.25, gt=0)  # used when not dropless
+    balance: str = _field("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
+    bias_update_speed: float = _field(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
     load_balance_alpha: float = _field(0.05, ge=0)
     router_z_loss_coef: float = _field(1e-3, ge=0)
     router_temp_init: float = _field(1.5, gt=0)
@@ -135,14 +151,28 @@ class RouterConfig(_Checked):
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """What is read. ``dataset_name``: "stdlib" (the embedded corpus) or a path to text, .jsonl or .parquet."""
+    """What is read.
+
+    ``dataset_name``: "stdlib" (the embedded corpus), a path to text, .jsonl or .parquet, a path to an array of token
+    ids (.npy, .bin), or the name of a data set on the Hugging Face hub, which is streamed.
+    """
 
     dataset_name: str = "stdlib"
+    dataset_config: str | None = None  # of a data set on the hub
+    split: str = "train"
+    val_split: str | None = None  # None: validation documents are chosen by the hash of their text
     text_key: str = "text"
+    tokenizer: str | None = None  # a name or folder for AutoTokenizer; None: trained on the training text
     val_fraction: float = _field(0.05, gt=0, lt=1)
+    val_data: str | None = None  # token ids for validation, where dataset_name is an array; None: its end
+    token_dtype: str = _field("uint16", choices=("uint16", "uint32", "int32", "int64"))  # of a .bin
+    shuffle_buffer: int = _field(8192, ge=1)  # windows that a stream is shuffled among
+    eval_take: int = _field(512, ge=1)  # validation documents taken from a stream
+    num_workers: int = _field(0, ge=0)  # processes that tokenise a stream beside training; 0: in a thread
+    prefetch_factor: int = _field(2, ge=1)  # batches made ready ahead, a worker
 
     def _check(self):
-        for name in ("dataset_name", "text_key"):
+        for name in ("dataset_name", "text_key", "split"):
             if not getattr(self, name).strip():
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be empty")
 
@@ -155,7 +185,7 @@ class OptimConfig(_Checked):
     ``muon_lr`` for Muon's matrices and, for the rest, ``learning_rate`` under AdamW, ``sophia_lr`` under Sophia.
     """
 
-    optimizer: str = _field("adamw", choices=("adamw", "muon_adamw", "muon_sophia", "sophia"))
+    optimizer: str = _field("adamw", choices=OPTIMIZERS)
     learning_rate: float = _field(3e-4, gt=0)
     min_lr: float = _field(3e-5, ge=0)
     warmup_iters: int = _field(500, ge=0)
@@ -213,6 +243,18 @@ class RunConfig(_Checked):
     save_interval: int = _field(0, ge=0)  # steps between checkpoints; 0: only when training rests
     keep_checkpoints: int = _field(3, ge=1)  # how many of those are kept, beside the last, the best and the named
     experts_impl: str = _field("grouped", choices=("grouped", "loop"))
+    compute_dtype: str = _field("auto", choices=("auto", "bfloat16", "float32"))  # auto: bfloat16 on CUDA
+    compile: bool = False  # torch.compile the model
+    activation_checkpointing: bool = False  # keep each block's input alone, compute the rest again for the gradient
+    log_interval: int = _field(10, ge=1)  # steps between two lines on a console
+    mirrors: str = ""  # where metrics go beside the run's file: any of wandb, tensorboard, trackio, with commas
+    wandb_project: str = "moe-workbench"
+    wandb_run_name: str | None = None  # None: the name of the run's directory
+    checkpoint_dir: str | None = None  # the directory of the run that `moe train` makes
+    resume: str | None = None  # `moe train`: the run, or the checkpoint in one, to go on from
+    auto_resume: bool = False  # `moe train`: go on where checkpoint_dir holds a run already
+    opt_list: str = ""  # `moe shootout`: the optimizers to compare, with commas
+    csv: str | None = None  # `moe shootout`: where its table is written
 
     def _check(self):
         if self.model.n_experts and self.router.top_k > self.model.n_experts:
@@ -221,6 +263,11 @@ class RunConfig(_Checked):
             for name, size in (("d_model", self.model.d_model), ("expert_width", self.model.ff_width)):
                 if size % 8:
                     raise ConfigError(f"{name} = {size}: must be a multiple of 8 for experts_impl = 'grouped'")
+
+        for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
+            for one in filter(None, getattr(self, name).split(",")):
+                if one not in known:
+                    raise ConfigError(f"{name} = {getattr(self, name)!r}: {one!r} must be one of {', '.join(known)}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -247,6 +294,16 @@ class RunConfig(_Checked):
         return dataclasses.asdict(self)
 
     @classmethod
+    def from_command(cls, command: str | Sequence[str]) -> RunConfig:
+        """The config that one of the users' old command lines means (see ``moe_core.commands``).
+
+        ``command``: the whole line as it was pasted, or its words. Raises ConfigError.
+        """
+        from moe_core import commands
+
+        return commands.parse(command)
+
+    @classmethod
     def from_dict(cls, values: dict) -> RunConfig:
         """Fields that are absent take their defaults; fields that are unknown raise ConfigError."""
         flat = {}
@@ -260,31 +317,3 @@ _PARTS = {f.name: typing.get_type_hints(RunConfig)[f.name] for f in fields(RunCo
 _HOME = {f.name: part for part, cls in _PARTS.items() for f in fields(cls)}
 _HOME |= {f.name: "" for f in fields(RunConfig) if f.name not in _PARTS}
 ALIASES = {"max_steps": "max_iters"}
-
-_PRESETS: dict[str, dict] = {
-    # A MoE for a laptop CPU: steps in tens of milliseconds, learns the embedded corpus in a minute.
-    "nano": dict(
-        n_layer=4, d_model=128, n_head=4, n_experts=8, expert_width=352, block_size=128, vocab_size=4096,
-        qk_norm=True, attn_gate="sigmoid_head", batch_size=8, learning_rate=3e-3, min_lr=3e-4, warmup_iters=40,
-        lr_decay_iters=400, max_iters=400, load_balance_alpha=0.02, router_temp_anneal_iters=200,
-        router_noise_decay_iters=200, eval_interval=25, eval_iters=8),
-    # The users' top-1 model, with the settings of their Experiment 1.
-    "moe-203m": dict(
-        n_layer=10, d_model=512, n_head=8, n_experts=8, expert_width=1408, block_size=2048, vocab_size=32768,
-        qk_norm=True, attn_gate="sigmoid_head", batch_size=8, gradient_accumulation_steps=8, learning_rate=8e-4,
-        min_lr=3e-5, warmup_iters=1000, lr_decay_iters=8000, max_iters=8000, load_balance_alpha=0.12,
-        router_z_loss_coef=1e-3, router_temp_init=2.2, router_temp_final=1.3, router_temp_anneal_iters=5000,
-        router_noise_std_init=0.9, router_noise_decay_iters=5000),
-    # The dense twin of the users' optimizer comparison.
-    "dense-107m": dict(
-        n_layer=12, d_model=704, n_head=11, n_experts=0, mlp="gelu", block_size=1024, vocab_size=50257,
-        use_rope=False, batch_size=8, gradient_accumulation_steps=2, warmup_iters=100, lr_decay_iters=500,
-        max_iters=500),
-}
-
-
-def preset(name: str, **changes) -> RunConfig:
-    """A named starting point with any fields changed: ``preset("nano", n_experts=16)``. Raises ConfigError."""
-    if name not in _PRESETS:
-        raise ConfigError(f"preset = {name!r}: must be one of {', '.join(map(repr, _PRESETS))}")
-    return RunConfig().replace(**_PRESETS[name]).replace(**changes)

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from moe_core.config import ConfigError, RunConfig, preset
+from moe_core.config import ConfigError, RunConfig
+from moe_core.presets import preset
 
 REFUSED = [
     (dict(topk=2), "topk = 2: there is no such field; did you mean top_k?"),

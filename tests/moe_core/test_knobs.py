@@ -1,8 +1,8 @@
 import pytest
 
-from moe_core.config import preset
 from moe_core.knobs import KnobError, Knobs, check_turn
 from moe_core.optim import lr_shape
+from moe_core.presets import preset
 
 
 def test_schedules_are_linear_from_the_first_step_to_the_end_of_their_anneal():

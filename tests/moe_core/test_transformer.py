@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_core.config import preset
 from moe_core.model import RouterControls, Transformer, count_params, draw_noise
+from moe_core.presets import preset
 
 TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61,
               block_size=16)
