@@ -12,7 +12,6 @@ from moe_core.checkpoint import CheckpointError
 from moe_core.config import RunConfig
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.knobs import Knobs, check_turn
-from moe_core.session import Command
 from moe_core.store import RunStore
 from moe_core.trainer import StepRecord, Trainer, resolve_device
 
@@ -57,12 +56,6 @@ class Timeline:
 
     # ---- back, for whoever holds the run --------------------------------------------------------------------
 
-    def checkpoint(self, name: str) -> None:
-        """Save the whole state under a name; it is never pruned. While training: at the next step boundary."""
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"name = {name!r}: a named checkpoint needs a name")
-        self.session.post(Command("checkpoint", {"name": name}))
-
     def resume(self) -> None:
         """Make ready to train from the newest saved state of the current branch; training does it by itself.
 
@@ -84,8 +77,7 @@ class Timeline:
         The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
         ``wait`` False returns while the session is still moving there.
         """
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self._step:
-            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+        self._check_step(step)
         if name is not None and name in set(self.branches()["name"]):
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
         self._go_back(self._branch.id, step, name, wait)
@@ -112,8 +104,7 @@ class Timeline:
         It remembers its parent: ``child.store.get_meta("parent")``.
         """
         step = self._step if step is None else step
-        if not isinstance(step, int) or not 0 <= step <= self._step:
-            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+        self._check_step(step)
         RunStore.refuse_existing(path)
 
         def go():

@@ -1,0 +1,135 @@
+"""What a user does with a run, the same in the process that trains it and in any other: steer, and read.
+
+Steering goes through the run's ``session``, reading through its ``store``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from moe_core import frames, health
+from moe_core.config import RunConfig
+from moe_core.handle import KnobHandle, KnobHandles
+from moe_core.knobs import Knobs
+from moe_core.session import Command, Progress
+from moe_core.store import Branch, RunStore, StoreError
+
+
+class Face:
+    """The part of a run that needs only these, which a subclass has."""
+
+    store: RunStore
+    config: RunConfig
+    session: object  # a Session, or what stands for one in another process
+    _branch: Branch
+    _knobs: Knobs
+    _step: int
+
+    @property
+    def branch(self) -> str:
+        """The name of the current branch."""
+        return self._branch.name
+
+    @property
+    def current_step(self) -> int:
+        """Optimizer steps done; the row of the last one has this number."""
+        return self._step
+
+    # ---- will ---------------------------------------------------------------------------------------------
+
+    def step(self, n: int = 1) -> None:
+        """Do ``n`` optimizer steps and wait for them, with a progress bar where tqdm is installed.
+
+        An interrupt pauses at the next step boundary. Raises what training raised.
+        """
+        self.session.start(n)
+        try:
+            with _bar(n) as show:
+                while not self.session.wait(0.1):
+                    show(self.session.progress())
+                show(self.session.progress())
+        except KeyboardInterrupt:
+            self.session.pause()
+            self.session.wait()
+            raise
+
+    def pause(self) -> None:
+        """Stop at the next step boundary, whoever started the chunk. Returns at once."""
+        self.session.pause()
+
+    def progress(self) -> Progress:
+        """State, step, and how far the present chunk is."""
+        return self.session.progress()
+
+    @property
+    def knobs(self) -> KnobHandles:
+        """The run's knobs by name: ``run.knobs["router_temp"].hold(1.3)``."""
+        return KnobHandles((name, KnobHandle(self, knob)) for name, knob in self._knobs.items())
+
+    def note(self, text: str, step: int | None = None) -> None:
+        """Pin a note to ``step`` (default: the step that the run is at when it takes it)."""
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text = {text!r}: a note must say something")
+        if step is not None:
+            self._check_step(step)
+        self.session.post(Command("note", {"text": text} if step is None else {"text": text, "at": step}))
+
+    def checkpoint(self, name: str) -> None:
+        """Save the whole state under a name; it is never pruned. While training: at the next step boundary."""
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"name = {name!r}: a named checkpoint needs a name")
+        self.session.post(Command("checkpoint", {"name": name}))
+
+    # ---- reading ------------------------------------------------------------------------------------------
+
+    def metrics(self, branch: str | None = None, since: int = 0, per_layer: bool = False):
+        """DataFrame of every metric, index ``step``, of the steps after ``since``; NaN where a step has none."""
+        return frames.metrics(self.store, self._branch_id(branch), since, per_layer)
+
+    def experts(self, branch: str | None = None, since: int = 0):
+        """DataFrame: step, layer, expert, demand, served (shares of the layer's assignments)."""
+        return frames.experts(self.store, self._branch_id(branch), since)
+
+    def events(self, branch: str | None = None):
+        """DataFrame by step: step, kind, asked, applied, branch, then what each kind says (name, value, text).
+
+        A knob's step is the first that it acted on.
+        """
+        return frames.events(self.store, self._branch_id(branch))
+
+    def health(self) -> list[health.Finding]:
+        """What the router guide's rules say of the newest steps, worst first (see ``moe_core.health``)."""
+        return health.read(self.store, self._branch.id, self._step,
+                           {name: knob.value for name, knob in self.knobs.items()}, self.config)
+
+    def branches(self):
+        """DataFrame: name, parent, fork_step, last_step, created, current."""
+        return frames.branches(self.store, self._branch.id)
+
+    def _branch_id(self, name: str | None) -> int:
+        if name is None:
+            return self._branch.id
+        known = {branch.name: branch.id for branch in self.store.branches()}
+        if name not in known:
+            raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
+        return known[name]
+
+    def _check_step(self, step: int) -> None:
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self._step:
+            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+
+
+@contextlib.contextmanager
+def _bar(n: int) -> Iterator[Callable[[Progress], None]]:
+    """tqdm over optimizer steps where it is installed, silence where it is not."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda progress: None
+        return
+    with tqdm(total=n, unit="step", mininterval=0.2) as bar:
+        def show(progress: Progress) -> None:
+            bar.total = progress.chunk_total
+            bar.update(progress.chunk_done - bar.n)
+        yield show
