@@ -69,18 +69,19 @@ class KnobHandle:
         """Go back to the schedule."""
         self._post("follow")
 
-    def hold(self, value: float) -> None:
-        """Stay at ``value``. Raises KnobError out of range."""
-        self._post("hold", value=value)
+    def hold(self, value: float, finding: str | None = None) -> None:
+        """Stay at ``value``. Raises KnobError out of range. ``finding``: the rule that it answers, for the log."""
+        self._post("hold", finding, value=value)
 
     def ramp(self, to: float, over: int) -> None:
         """Move linearly to ``to`` in ``over`` steps, then stay there. Raises KnobError out of range."""
         self._post("ramp", value=to, over=over)
 
-    def _post(self, mode: str, **how) -> None:
+    def _post(self, mode: str, finding: str | None = None, **how) -> None:
         check_turn(self.name, mode, **how)
         how = {key: value if key == "over" else float(value) for key, value in how.items()}  # NumPy's too
-        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how}))
+        why = {} if finding is None else {"finding": finding}
+        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how, **why}))
 
     def __repr__(self) -> str:
         held = "" if self.target is None else f" {self.target:g}"

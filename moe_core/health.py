@@ -30,8 +30,8 @@ from moe_core.store import RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BANDS", "RULES", "Finding", "Lever", "Reading", "Rule", "Shape", "View", "findings", "healthy_band",
-           "spike", "sustained"]
+__all__ = ["BANDS", "RULES", "Finding", "Lever", "Reading", "Rule", "Shape", "View", "answer", "findings",
+           "healthy_band", "recent", "spike", "sustained"]
 
 RECENT = 4 * WINDOW  # logged steps that a reading looks at
 
@@ -107,8 +107,8 @@ def _finding(rule: Rule, view: View, reading: Reading, knobs: Mapping[str, float
                    where + said, tuple(lever for lever in levers if lever is not None), view.layer)
 
 
-def read(store: RunStore, branch: int, last_step: int, knobs: Mapping[str, float], config: RunConfig) -> list[Finding]:
-    """:func:`findings` of the newest rows of a branch, with each expert's served share in each layer."""
+def recent(store: RunStore, branch: int, last_step: int) -> pd.DataFrame:
+    """The newest rows of a branch, index step: every metric, and each expert's served share in each layer."""
     import pandas as pd
 
     rows = store.read_steps(branch, max(0, last_step - RECENT))
@@ -117,5 +117,18 @@ def read(store: RunStore, branch: int, last_step: int, knobs: Mapping[str, float
     n, _, L, E = rows.shares.shape
     names = [f"router/frac_srv_e{e}/layer_{layer}" for layer in range(L) for e in range(E)]
     table = np.concatenate([rows.values, rows.shares[:, 1].reshape(n, L * E)], 1)[-RECENT:]
-    frame = pd.DataFrame(table, columns=[*rows.names, *names], index=pd.Index(rows.steps[-RECENT:], name="step"))
-    return findings(frame, knobs, config.model.n_experts, config.router.top_k)
+    return pd.DataFrame(table, columns=[*rows.names, *names], index=pd.Index(rows.steps[-RECENT:], name="step"))
+
+
+def read(store: RunStore, branch: int, last_step: int, knobs: Mapping[str, float], config: RunConfig) -> list[Finding]:
+    """:func:`findings` of the :func:`recent` rows."""
+    return findings(recent(store, branch, last_step), knobs, config.model.n_experts, config.router.top_k)
+
+
+def answer(run, finding: Finding, lever: Lever | None = None) -> None:
+    """Turn what a finding offers, all of it or one ``lever``: each knob is held, and its event names the finding.
+
+    This is what the panel's Apply does. ``run``: a :class:`~moe_core.Run`, or one that is attached to.
+    """
+    for turn in finding.levers if lever is None else (lever,):
+        run.knobs[turn.knob].hold(turn.value_to, finding=finding.rule)
