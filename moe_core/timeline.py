@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from moe_core.ab import AB
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import RunConfig
-from moe_core.data import Batches, load_tokens, validation_batches
+from moe_core.data import open_data
 from moe_core.knobs import Knobs, check_turn
 from moe_core.store import RunStore
 from moe_core.trainer import StepRecord, Trainer, resolve_device
@@ -18,10 +18,8 @@ from moe_core.trainer import StepRecord, Trainer, resolve_device
 
 def build_trainer(config: RunConfig, knobs: Knobs, say: Callable[[str], None]) -> Trainer:
     """A trainer at its first step; ``say`` hears what preparing the data takes. Raises ConfigError, DataError."""
-    tokens = load_tokens(config.data, config.model.vocab_size, say=say)
-    block, batch = config.model.block_size, config.optim.batch_size
-    train = Batches(tokens.train, block, batch, config.seed, pin=resolve_device(config).type == "cuda")
-    return Trainer(config, knobs, train, validation_batches(tokens.val, block, batch, config.eval_iters))
+    data = open_data(config, pin=resolve_device(config).type == "cuda", say=say)
+    return Trainer(config, knobs, data.train, data.validation)
 
 
 class Timeline:

@@ -258,6 +258,9 @@ class Batches:
         """Where :meth:`next` goes on: the epoch, and the windows already taken of it."""
         return {"epoch": self._epoch, "index": self._index}
 
+    def close(self) -> None:
+        """Nothing is held but the mapped file."""
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at exactly this place. Raises DataError when these tokens have no such place."""
         epoch, index = state["epoch"], state["index"]
