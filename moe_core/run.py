@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_core.config import RunConfig
+from moe_core.data import settled
 from moe_core.face import Face
 from moe_core.history import History
 from moe_core.knobs import Knobs
@@ -55,6 +56,7 @@ class Run(Timeline, Face):
         Raises ConfigError, DataError or StoreError, each before anything is written to ``path``.
         """
         RunStore.refuse_existing(path)
+        config = settled(config, say)
         trainer = build_trainer(config, Knobs(config, resolve_device(config)), say)
         return cls(RunStore.create(path, config.to_dict()), config, trainer)
 
