@@ -140,8 +140,8 @@ class History:
         return next((b for b, _ in self.store.lineage(branch) if starts[b] < step), MAIN)
 
     def turns(self, branch: int) -> list[tuple[int, dict]]:
-        """(first step it acted on, what it said) of every knob turn that the branch shows, in order."""
-        return [(e["step"], e["payload"]) for e in self.store.read_events(branch) if e["kind"] == "knob"]
+        """:func:`turns` of the run's store."""
+        return turns(self.store, branch)
 
     def retrace(self, line: int, trainer: Trainer, upto: int) -> str:
         """Take the steps of a line up to ``upto`` again, each with the knobs it had.
@@ -192,6 +192,11 @@ class History:
                 if event["step"] <= step and event["kind"] != "checkpoint":
                     child.log_event(MAIN, event["step"], event["kind"], event["payload"], asked=event["asked"])
             History(child, self.save_interval, self.keep).save(MAIN, trainer)
+
+
+def turns(store: RunStore, branch: int) -> list[tuple[int, dict]]:
+    """(first step it acted on, what it said) of every knob turn that the branch shows, in order."""
+    return [(e["step"], e["payload"]) for e in store.read_events(branch) if e["kind"] == "knob"]
 
 
 def _copied(value: Any) -> Any:

@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_core.attach import Attached
 from moe_core.config import RunConfig
 from moe_core.data import settled
 from moe_core.face import Face
 from moe_core.history import History
 from moe_core.knobs import Knobs
+from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
 from moe_core.session import Command, Session
 from moe_core.store import MAIN, RunStore
@@ -35,7 +37,12 @@ def free_path(path: str | os.PathLike) -> Path:
 
 
 class Run(Timeline, Face):
-    """An experiment in a directory. Make one with :meth:`create`, come back to one with :meth:`open`."""
+    """An experiment in a directory. Make one with :meth:`create`, come back to one with :meth:`open`.
+
+    :meth:`attach` shows and steers one that another process trains.
+    """
+
+    attached = False
 
     def __init__(self, store: RunStore, config: RunConfig, trainer: Trainer | None = None):
         """For :meth:`create` and :meth:`open`."""
@@ -47,6 +54,7 @@ class Run(Timeline, Face):
         self._stand_on(store.get_meta("branch", MAIN))
         self.session: Session | None = None
         Session(self)  # takes its place as self.session
+        self._porter = Porter(self)
         _open_runs[self.path.resolve()] = self
 
     @classmethod
@@ -71,8 +79,17 @@ class Run(Timeline, Face):
         store = RunStore.open(path, write=True)
         return cls(store, RunConfig.from_dict(store.config))
 
+    @classmethod
+    def attach(cls, path: str | os.PathLike) -> Attached | Run:
+        """The run in ``path`` while another process trains it: live, and steered from here through its inbox.
+
+        The run itself where this process has it open. Raises StoreError where ``path`` is no run.
+        """
+        return _open_runs.get(Path(path).resolve()) or Attached(RunStore.open(path))
+
     def close(self) -> None:
         """Stop training at the next step boundary, save, and let the run's directory go."""
+        self._porter.close()
         self.session.close()
         if self._trainer is not None and self._unsaved_s:
             self._save()

@@ -62,6 +62,7 @@ class Session:
         self._queue: deque[Command] = deque()
         self._state = "idle"
         self._done = self._total = 0
+        self.chunk_start = run.current_step  # the step that the present chunk, or the last one, began after
         self._clock = 0.0
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -105,6 +106,7 @@ class Session:
 
     def _launch(self, state: str, work: Callable[[], None]) -> None:
         self._error, self._state, self._clock = None, state, time.perf_counter()
+        self.chunk_start = self._run.current_step
         self._thread = threading.Thread(target=self._work, args=(work,), name="moe-training", daemon=True)
         self._thread.start()
         self._changed.notify_all()

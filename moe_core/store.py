@@ -322,6 +322,11 @@ class RunStore:
             events = [dict(zip(names, row, strict=True)) for row in rows]
         return [{**event, "payload": json.loads(event["payload"])} for event in events]
 
+    def last_event(self) -> int:
+        """The greatest id of any event; 0 when there is none."""
+        with self._reader() as db:
+            return db.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()[0]
+
     def _spans(self, db: sqlite3.Connection, branch_id: int, since: int = 0) -> list[tuple[int, int]]:
         """The ranges (after, last] of ``steps.id`` that a branch shows after step ``since``, oldest first."""
         found = db.execute(lineage_sql("WHERE id = ?"), (branch_id,)).fetchall()

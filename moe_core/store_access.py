@@ -18,6 +18,7 @@ import filelock
 from moe_core.store_schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
 
 FILE = "run.sqlite"
+PROBE = 0.5  # seconds that taking the lock waits
 LOCK = "writer.lock"  # held by the process that writes; the system frees it however that process ends
 
 
@@ -104,14 +105,31 @@ def take_lock(path: Path) -> filelock.BaseFileLock:
             raise StoreError(f"{path}: no write access to {place}; open it for reading")
     lock = filelock.FileLock(path / LOCK, thread_local=False)  # any thread may close what another opened
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=PROBE)  # a moment's patience, for another's look at who writes
     except filelock.Timeout:
-        with contextlib.closing(connect_reader(path / FILE)) as db:
-            found = db.execute("SELECT value FROM meta WHERE key = 'writer'").fetchone()
-        who = _spoken(json.loads(found[0])) if found else "another process"
+        who = _spoken(_signed(path))
         raise StoreError(f"{path}: is open for writing already, by {who}; "
                          "one process writes a run, any number read it") from None
     return lock
+
+
+def writer(path: Path) -> dict[str, Any] | None:
+    """Who writes the run in ``path`` now, as :func:`me` signs; None where nobody does."""
+    if not (path / LOCK).exists():
+        return None
+    lock = filelock.FileLock(path / LOCK, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except (filelock.Timeout, OSError):  # OSError: another user's, who is taken at his word
+        return _signed(path)
+    lock.release()
+    return None
+
+
+def _signed(path: Path) -> dict[str, Any]:
+    with contextlib.closing(connect_reader(path / FILE)) as db:
+        found = db.execute("SELECT value FROM meta WHERE key = 'writer'").fetchone()
+    return json.loads(found[0]) if found else {}
 
 
 def me() -> dict[str, Any]:
@@ -120,6 +138,8 @@ def me() -> dict[str, Any]:
 
 
 def _spoken(writer: dict[str, Any]) -> str:
+    if not writer:
+        return "another process"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(writer["since"]))
     own = "this process, " if (writer["pid"], writer["host"]) == (os.getpid(), socket.gethostname()) else ""
     return f"{own}pid {writer['pid']} on {writer['host']}, since {since}"

@@ -44,8 +44,9 @@ def test_moe_core_trains_where_there_is_only_torch_and_numpy():
 def test_imports_point_one_way():
     """widgets -> run, session -> trainer, store, checkpoint -> model, optim, data, knobs -> config; never back."""
     floors = [["config"], ["presets"], ["model", "optim", "data", "knobs"],
-              ["metrics", "trainer", "store", "checkpoint"], ["session", "history", "frames", "rules", "preview"],
-              ["handle", "ab", "timeline", "guide"], ["health"], ["face"], ["run"]]
+              ["metrics", "trainer", "store", "inbox", "checkpoint"],
+              ["session", "history", "frames", "rules", "preview"],
+              ["handle", "ab", "timeline", "guide", "porter"], ["health"], ["face"], ["attach"], ["run"]]
     floor = {name: height for height, names in enumerate(floors) for name in names}
     for file in (ROOT / "moe_core").rglob("*.py"):
         room = file.relative_to(ROOT / "moe_core").parts[0].removesuffix(".py")
