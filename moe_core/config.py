@@ -116,12 +116,16 @@ class ModelConfig(_Checked):
     @property
     def ff_width(self) -> int:
         """Width of one expert, or of the MLP of a dense model."""
-        chosen = self.expert_width if self.n_experts else self.mlp_width
-        if chosen:
-            return chosen
-        if not self.n_experts and self.mlp == "gelu":
-            return 4 * self.d_model
-        return math.ceil(2.75 * self.d_model / 8) * 8
+        if not self.n_experts:
+            return self.dense_width
+        return self.expert_width or math.ceil(2.75 * self.d_model / 8) * 8
+
+    @property
+    def dense_width(self) -> int:
+        """Width of the MLP of a dense block: of every block of a dense model, of the first few of a routed one."""
+        if self.mlp_width:
+            return self.mlp_width
+        return 4 * self.d_model if self.mlp == "gelu" else math.ceil(2.75 * self.d_model / 8) * 8
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,16 @@ class RouterConfig(_Checked):
         if self.top_k == 1 and self.norm_topk_prob:
             raise ConfigError("norm_topk_prob = True: must be False when top_k = 1; a single weight divided by "
                               "itself is always 1, and the router would learn nothing from the language-model loss")
+
+    @property
+    def uses_aux_loss(self) -> bool:
+        """Whether alpha times the balance loss is part of what is minimised."""
+        return self.balance in ("aux", "both")
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether a bias that follows the load takes part in who is picked."""
+        return self.balance in ("bias", "both")
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,9 @@ class RunConfig(_Checked):
             for name, size in (("d_model", self.model.d_model), ("expert_width", self.model.ff_width)):
                 if size % 8:
                     raise ConfigError(f"{name} = {size}: must be a multiple of 8 for experts_impl = 'grouped'")
-
+        if self.compile and self.model.n_experts and self.experts_impl == "loop":
+            raise ConfigError("compile = True: must be False for experts_impl = 'loop', whose shapes follow the data; "
+                              "'grouped' can be compiled")
         for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
             for one in filter(None, getattr(self, name).split(",")):
                 if one not in known:
