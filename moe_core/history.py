@@ -6,24 +6,31 @@ trainer is moved to exactly that step by taking the steps between again, with th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from moe_core import checkpoint
+from moe_core.config import ModelConfig
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
 SNAPSHOT_BYTES = 256 << 20  # of host memory for all snapshots; the newest is kept whatever its size
 FOLDER = "checkpoints"
 GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a GPU have no fixed order
+
+# What decides which tensors a state has, and their shapes.
+_SHAPES = {"model": {f.name for f in fields(ModelConfig)} - {"qk_norm_eps", "norm_eps", "rope_theta", "dropout"},
+           "optim": {"optimizer", "router_optimizer"}}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class History:
                     if (p := f"{FOLDER}/{branch}-{step:08d}{label}{'' if n == 1 else f'-{n}'}{checkpoint.SUFFIX}")
                     not in taken)
         checkpoint.save(self.store.path / path, trainer.state_dict(), {
-            "branch": branch, "step": step, "name": name, "config": self.store.config,
+            "run": self.store.get_meta("created"), "branch": branch, "step": step, "name": name,
+            "config": self.store.config,
             "torch": torch.__version__, "saved": time.time()})
         made = self.store.add_checkpoint(branch, step, name, path)
         self._prune(branch)
@@ -88,6 +96,19 @@ class History:
             if c.id not in kept:
                 self.store.drop_checkpoint(c.id)  # first, so that no entry is ever without its file
                 (self.store.path / c.path).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Mend what a crash in a save left: drafts go, and a checkpoint that is whole but not entered is entered."""
+        folder, known = self.store.path / FOLDER, {c.path for c in self.store.checkpoints()}
+        last = {b.id: self.store.last_step(b.id) for b in self.store.branches()} if folder.is_dir() else {}
+        for file in sorted(folder.glob(f"*{checkpoint.SUFFIX}*")):
+            if re.fullmatch(rf"\.\d+-\d{{8}}.*{re.escape(checkpoint.SUFFIX)}\.\d+", file.name):
+                file.unlink(missing_ok=True)
+            elif file.suffix == checkpoint.SUFFIX and (path := f"{FOLDER}/{file.name}") not in known:
+                with contextlib.suppress(checkpoint.CheckpointError):  # not ours, or cut short: left as it is
+                    about = checkpoint.about(file)
+                    if about.get("run") == self.store.get_meta("created") and about["step"] <= last[about["branch"]]:
+                        self.store.add_checkpoint(about["branch"], about["step"], about["name"], path)
 
     def is_best(self, branch: int, step: int, val_loss: float) -> bool:
         """Whether this validation of ``step`` is the lowest that the branch shows; it counts from now on."""
@@ -128,11 +149,20 @@ class History:
         for found in self.states(branch, step):
             try:
                 trainer.load_state_dict(found.state if isinstance(found, Snapshot)
-                                        else checkpoint.load(self.store.path / found.path, trainer.device))
+                                        else self._load(self.store.path / found.path, trainer.device))
                 return trainer
             except checkpoint.CheckpointError as error:
                 say(f"{error}; going back further")
         return trainer
+
+    def _load(self, path: Path, device: torch.device) -> dict[str, Any]:
+        there, here = checkpoint.about(path)["config"], self.store.config
+        for part in ("model", "optim"):
+            for field, value in here[part].items():
+                if there[part].get(field, value) != value and field in _SHAPES[part]:
+                    raise checkpoint.CheckpointError(
+                        f"{path}: is of another run: {field} = {there[part][field]!r} there and {value!r} here")
+        return checkpoint.load(path, device)
 
     def owner(self, branch: int, step: int) -> int:
         """The branch on this branch's line whose own row ``step`` is; the oldest for step 0."""

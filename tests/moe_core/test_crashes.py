@@ -1,0 +1,134 @@
+"""kill -9 at any moment: what was reported is there, what is saved is whole, and the run goes on."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import moe_core as mc
+from moe_core import checkpoint
+
+# Forks a child for each moment, so that torch is imported once. A child opens the run, trains, saves and branches
+# until it is killed; what it says goes to a file that outlives it.
+NURSERY = """
+    import json, os, random, signal, sys, time
+    import moe_core as mc
+    path, config, moments, seed = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    rng = random.Random(seed)
+
+    def live(said, seed):
+        rng = random.Random(seed)
+        run = mc.Run.open(path)
+        run.resume()
+        os.write(said, b"resumed\\n")
+        while True:
+            run.step(rng.randint(1, 3))
+            os.write(said, f"{run.branch} {run.current_step}\\n".encode())
+            what = rng.choice(["train", "train", "save", "branch"])
+            if what == "save":
+                run.checkpoint(f"c{rng.random()}")
+            if what == "branch":
+                run.rewind(rng.randint(0, run.current_step))
+
+    mc.Run.create(path, mc.RunConfig.from_dict(config), say=lambda line: None).close()
+    for moment in range(moments):
+        read, said = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 2)
+            os.dup2(os.open(f"{path}.said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            try:
+                live(said, rng.random() + moment)
+            finally:
+                os.write(said, b"ended by itself\\n")
+                os._exit(1)
+        os.close(said)
+        time.sleep(rng.uniform(0.0, 0.5))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(read) as lines:
+            print(json.dumps(lines.read().splitlines()), flush=True)
+"""
+
+
+def test_kill_9_at_50_moments_loses_nothing_that_was_said(tiny, tmp_path):
+    """In training, saving and branching: every reported step is there, the newest checkpoint loads, it goes on."""
+    path, seed = tmp_path / "run", random.randrange(10**6)
+    config = tiny(save_interval=2, eval_interval=4, keep_checkpoints=2)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(NURSERY), path, json.dumps(config.to_dict()), "50",
+                           str(seed)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    moments = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(moments) == 50 and sum("resumed" in lines for lines in moments) > 20
+    said = (tmp_path / "run.said").read_text()
+    assert "cannot be read" not in said, f"seed {seed}: {said}"  # a checkpoint that was entered was whole
+    run = mc.Run.open(path)
+    try:
+        last = dict(zip(run.branches()["name"], run.branches()["last_step"], strict=True))
+        for lines in moments:
+            assert "ended by itself" not in lines, f"seed {seed}"
+            for branch, step in (line.split() for line in lines if line != "resumed"):
+                assert last[branch] >= int(step), f"seed {seed}"
+        for saved in run.store.checkpoints():
+            assert checkpoint.load(path / saved.path)["steps_done"] == saved.step
+        files = {f"checkpoints/{file.name}" for file in (path / "checkpoints").iterdir()}
+        assert files == {saved.path for saved in run.store.checkpoints()}
+        at = run.current_step
+        run.step(2)
+        assert run.metrics()["train/ce"].notna().all() and run.current_step in (at + 2, run.metrics().index[-1])
+        assert (run.replay()["largest"] == 0).all()  # and every number on the line is the one it should be
+    finally:
+        run.close()
+
+
+def test_what_a_crash_in_a_save_left_is_mended(tiny_run):
+    """A draft goes; a checkpoint that was whole but not entered yet is entered; a stranger's file stays."""
+    run = tiny_run(save_interval=2)
+    run.step(4)
+    run.checkpoint("kept")
+    run.close()
+    folder = run.path / "checkpoints"
+    kept = next(folder.glob("*kept*"))
+    with mc.RunStore.open(run.path, write=True) as store:
+        store.drop_checkpoint(next(c.id for c in store.checkpoints() if c.name == "kept"))
+    (folder / f".{kept.name}.12345").write_bytes(kept.read_bytes()[:1000])
+    (folder / "mine.safetensors").write_bytes(b"not a checkpoint")
+    with_it = mc.Run.open(run.path)
+    assert [c.path for c in with_it.store.checkpoints() if c.name == "kept"] == [f"checkpoints/{kept.name}"]
+    assert not list(folder.glob(".*")) and (folder / "mine.safetensors").exists()
+    with_it.close()
+
+
+@pytest.mark.parametrize("changes, field", [(dict(n_experts=8), "n_experts = 8 there and 4 here"),
+                                            (dict(d_model=64), "d_model = 64 there and 32 here"),
+                                            (dict(optimizer="muon_adamw"), "optimizer = 'muon_adamw' there")])
+def test_a_checkpoint_of_another_model_is_passed_over_naming_the_field(tiny_run, capsys, changes, field):
+    """Put in the place of the newest, it is said in one line which field differs, and the one before is taken."""
+    run, other = tiny_run(save_interval=2), tiny_run("other", save_interval=2, **changes)
+    for made in (run, other):
+        made.step(4)
+        made.close()
+    newest, foreign = (max(mc.RunStore.open(made.path).checkpoints(), key=lambda c: c.step) for made in (run, other))
+    shutil.copy(other.path / foreign.path, run.path / newest.path)
+    again = mc.Run.open(run.path)
+    again.resume()
+    assert field in capsys.readouterr().out and again.current_step == 2
+    again.close()
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    """One line with both versions, and what to do."""
+    from safetensors.torch import save_file
+
+    path = tmp_path / "c.safetensors"
+    save_file({"0": torch.zeros(1)}, path, metadata={"format": "99", "about": "{}", "state": '{"items": []}'})
+    with pytest.raises(checkpoint.CheckpointError, match=r"newer version \(format 99, this one knows up to 1\); update"):
+        checkpoint.load(path)
