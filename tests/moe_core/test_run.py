@@ -146,26 +146,6 @@ def test_an_error_in_the_thread_reaches_the_person_and_leaves_the_run_whole(tiny
     assert run.current_step == 3 and run.progress().error is None
 
 
-def test_a_step_whose_row_the_disk_refused_is_written_when_it_can_be(tiny_run, monkeypatch):
-    """Refused once in mid-chunk, training stops; going on gives every row, each that of an undisturbed run."""
-    run, undisturbed = tiny_run("refused"), tiny_run("undisturbed")
-    write = run.store.log_step
-
-    def full_at_4(branch, step, *row):
-        if step == 4:
-            raise mc.StoreError("database or disk is full")
-        write(branch, step, *row)
-    monkeypatch.setattr(run.store, "log_step", full_at_4)
-    with pytest.raises(mc.StoreError, match="full"):
-        run.step(6)
-    assert (run.current_step, run.session.state) == (3, "failed")
-    monkeypatch.setattr(run.store, "log_step", write)
-    run.step(3)
-    undisturbed.step(6)
-    assert list(run.metrics().index) == [1, 2, 3, 4, 5, 6]
-    assert run.metrics()["train/loss"].equals(undisturbed.metrics()["train/loss"])
-
-
 def test_a_closing_session_takes_no_more_steps(tiny_run):
     """Asked for more while it closes in mid-chunk, it refuses, and the chunk does not grow."""
     run = tiny_run()
