@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from moe_core import probe
 from moe_core.attach import Attached
 from moe_core.config import RunConfig
 from moe_core.data import settled
 from moe_core.face import Face
 from moe_core.history import History
+from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
@@ -105,6 +107,8 @@ class Run(Timeline, Face):
             if self._trainer is None:
                 self.resume()
             return self._save(command.payload["name"])
+        if command.kind == "look":  # somebody reads the state between two steps: nothing to write down
+            return command.payload["look"](self._trainer)
         payload = dict(command.payload)
         step = payload.pop("at", self._step)
         if command.kind == "knob":
@@ -126,3 +130,21 @@ class Run(Timeline, Face):
         """
         return preview(self._trainer, self.config, values)
 
+    def inspect(self, texts=None, step: int | str | None = None) -> Inspection:
+        """Which expert each token of a probe goes to in each layer, without noise, in eval mode.
+
+        ``texts``: a text, a list of them, or a mapping of kinds ("prose", "code") to those; each is a document, read
+        from its start, cut into windows of block_size, 65,536 tokens in all. None: up to 4,096 tokens of the run's
+        validation windows, spread evenly, the same at every call. ``step``: None is now; a step of this line whose
+        state is kept, 0 is the start; or the name of a checkpoint. Knobs are as the step after it has them. The run
+        itself does not move, and may be training. Raises ValueError for what cannot be asked.
+        """
+        return probe.inspect(self, texts, step)
+
+    def saturation(self, steps: Iterable[int | str] | None = None, texts=None):
+        """How much of the routing now was there at earlier steps already, on one probe. DataFrame: step, layer, then
+        saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
+
+        ``steps``: as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
+        """
+        return probe.saturation(self, steps, texts)

@@ -1,0 +1,281 @@
+"""Reading a run's experts on a probe, beside its training: what ``run.inspect()`` and ``run.saturation()`` do.
+
+The weights of one step are copied and read in a model of their own, in eval mode and without noise, so that
+nothing of the run moves: no weight, no random number, no place in the data. While the run trains, the copy is
+taken between two steps, by the training thread, which then goes on.
+
+S block_size, T tokens of the probe.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_core import checkpoint
+from moe_core.config import RunConfig
+from moe_core.data import open_data
+from moe_core.inspect import Inspection
+from moe_core.knobs import Knobs
+from moe_core.model import RouterControls, Routing, Transformer
+from moe_core.model.router import Router
+from moe_core.session import BUSY, Command
+from moe_core.token_text import TokenText, classes_of, pieces_of
+from moe_core.trainer import Trainer, resolve_device
+
+PROBE_TOKENS = 4096  # of the validation text, where no text is given; one window at least
+MAX_TOKENS = 1 << 16  # of given texts: what is kept is 13 bytes a pick and layer
+WAIT = 0.2  # seconds between two looks whether training still goes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The documents of a probe as token ids."""
+
+    documents: list[list[int]]
+    windows: list[list[int]]  # what the model reads, in the documents' order; none is longer than S
+    kinds: list[str | None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run's data say of text, kept from one call to the next."""
+
+    validation: list[Tensor]
+    text: TokenText
+    end_of_text: int | None
+
+
+_sources: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def inspect(run, texts=None, step: int | str | None = None) -> Inspection:
+    """See ``Run.inspect``, whose words these are. Raises ValueError."""
+    probe = _probe(run, texts)
+    return _read(run.config, _weights(run, step), probe, _source(run).text)
+
+
+def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
+    """See ``Run.saturation``. Raises ValueError."""
+    import pandas as pd
+
+    probe, source = _probe(run, texts), _source(run)
+    now = _read(run.config, _weights(run, None), probe, source.text)
+    frames = []
+    for step in sorted({0, *_kept(run)} - {now.step}) if steps is None else steps:
+        then = _read(run.config, _weights(run, step), probe, source.text)
+        frames.append(now.changed_since(then).reset_index().assign(step=then.step, compared_with=now.step))
+    columns = ["step", "layer", "saturation", "changed", "chance", "compared_with"]
+    return pd.concat(frames)[columns].reset_index(drop=True) if frames else pd.DataFrame(columns=columns)
+
+
+# ---- the probe -------------------------------------------------------------------------------------------------
+
+def _probe(run, texts) -> Probe:
+    config, source = run.config, _source(run)
+    if not config.model.n_experts:
+        raise ValueError("inspect: a dense model has no experts to ask")
+    if texts is None:
+        return _of_validation(source, config.model.block_size)
+    documents, kinds = [], []
+    for kind, text in _named(texts):
+        if ids := source.text.encode(text):
+            documents.append(ids)
+            kinds.append(kind)
+    total = sum(map(len, documents))
+    if not 0 < total <= MAX_TOKENS:
+        raise ValueError(f"texts: {total:,} tokens; must be 1 to {MAX_TOKENS:,}")
+    size = config.model.block_size
+    return Probe(documents, [ids[at : at + size] for ids in documents for at in range(0, len(ids), size)], kinds)
+
+
+def _named(texts) -> Iterator[tuple[str | None, str]]:
+    """(kind, text) of each document; the kind None where the caller named none."""
+    groups = texts.items() if isinstance(texts, Mapping) else [(None, texts)]
+    for kind, group in groups:
+        group = [group] if isinstance(group, str) else group
+        if not isinstance(group, Sequence) or not all(isinstance(text, str) for text in group):
+            raise ValueError(f"texts = {str(texts)[:60]!r}: must be a text, a list of texts, or a mapping of the "
+                             "documents' kinds to those")
+        yield from ((None if kind is None else str(kind), text) for text in group)
+
+
+def _of_validation(source: Source, size: int) -> Probe:
+    """Windows spread evenly over the run's validation, as validation reads them: the same at every call."""
+    rows = torch.cat([batch[:, :-1] for batch in source.validation])
+    n = min(len(rows), max(1, PROBE_TOKENS // size))
+    windows = rows[torch.arange(n) * len(rows) // n].tolist()
+    documents = []
+    for window in windows:
+        documents.append([])  # a window begins somewhere in a document
+        for token in window:
+            documents[-1].append(token)
+            if token == source.end_of_text:
+                documents.append([])
+        if not documents[-1]:
+            documents.pop()
+    return Probe(documents, windows, [None] * len(documents))
+
+
+def _source(run) -> Source:
+    if run not in _sources:
+        data = open_data(run.config, pin=False, say=print)
+        data.train.close()
+        _sources[run] = Source(data.validation, TokenText(_tokenizer(data.tokenizer)), data.end_of_text)
+    return _sources[run]
+
+
+def _tokenizer(name: str | None):
+    if name is None:
+        return None
+    if os.path.isfile(name):
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+# ---- the weights -----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's state after ``step``, that nobody else writes to, and the knob values of the step after it."""
+
+    step: int
+    model: dict[str, Tensor]
+    knobs: dict[str, float]
+
+
+def _weights(run, step: int | str | None) -> Weights:
+    if step is None:
+        return _present(run)
+    if isinstance(step, str):
+        found = [c for c in run.store.checkpoints() if c.name == step]
+        if not found:
+            names = ", ".join(repr(c.name) for c in run.store.checkpoints() if c.name is not None)
+            raise ValueError(f"step = {step!r}: there is no checkpoint of that name; there is {names or 'none'}")
+        return _loaded(run, found[-1])
+    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+        raise ValueError(f"step = {step!r}: must be a step, the name of a checkpoint, or None for now")
+    states = [s for s in run.history.states(run._branch.id, int(step)) if s.step == step]
+    if states:
+        return _loaded(run, states[0])
+    if step == 0:
+        return _initial(run.config)
+    if step == run.current_step and (present := _present(run)).step == step:
+        return present
+    raise ValueError(f"step = {step}: no state of this step is kept; there are {', '.join(map(str, _kept(run)))}, "
+                     f"and 0; run.checkpoint(name) keeps one")
+
+
+def _kept(run) -> list[int]:
+    """Steps of the current line whose state is at hand, ascending."""
+    return sorted({s.step for s in run.history.states(run._branch.id, run.current_step)})
+
+
+def _present(run) -> Weights:
+    """The weights now: a copy taken between two steps, or the newest saved state where none is in memory yet."""
+    answer: concurrent.futures.Future = concurrent.futures.Future()
+
+    def look(trainer: Trainer | None) -> None:
+        # It runs on the training thread, which no error of this may stop.
+        if answer.set_running_or_notify_cancel():
+            try:
+                answer.set_result(None if trainer is None else _copied(trainer))
+            except Exception as error:
+                answer.set_exception(error)
+
+    run.session.post(Command("look", {"look": look}))
+    while not concurrent.futures.wait([answer], WAIT).done:
+        if run.session.state not in BUSY:  # training failed meanwhile, and what was posted waits for the next wish
+            run.session.post(Command("look", {"look": lambda trainer: None}))
+    if (present := answer.result()) is not None:
+        return present
+    states = run.history.states(run._branch.id, run.current_step)
+    return _loaded(run, states[0]) if states else _initial(run.config)
+
+
+def _copied(trainer: Trainer) -> Weights:
+    """On the trainer's own device: to bring all of a large model to the host would make training wait."""
+    state = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    return Weights(trainer.steps_done, state, _values(trainer.knobs, trainer.steps_done))
+
+
+def _loaded(run, state) -> Weights:
+    """Of a snapshot or a checkpoint. Raises CheckpointError where its file is not whole."""
+    values = getattr(state, "state", None)
+    if values is None:
+        values = checkpoint.load(run.store.path / state.path)
+    knobs = Knobs(run.config)
+    knobs.load_state_dict(values["knobs"])
+    return Weights(values["steps_done"], values["model"], _values(knobs, values["steps_done"]))
+
+
+def _initial(config: RunConfig) -> Weights:
+    model = Transformer(config.model, config.router, experts_impl=config.experts_impl, seed=config.seed)
+    return Weights(0, model.state_dict(), _values(Knobs(config), 0))
+
+
+def _values(knobs: Knobs, step: int) -> dict[str, float]:
+    return {name: knob.at(step + 1) for name, knob in knobs.items()}
+
+
+# ---- the reading -----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def _read(config: RunConfig, weights: Weights, probe: Probe, text: TokenText) -> Inspection:
+    """Each window by itself, so that short ones need no padding and room is counted over real tokens alone."""
+    device = resolve_device(config)
+    with torch.device("meta"):  # no weight is drawn, and no memory taken
+        model = Transformer(config.model, config.router, experts_impl=config.experts_impl,
+                            compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.load_state_dict(weights.model, assign=True)
+    model = model.to(device).eval()
+    controls = RouterControls.constant(weights.knobs["router_temp"], 0.0, weights.knobs.get(
+        "capacity_factor", config.router.capacity_factor), device)
+    routed: list[Routing] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda router, inputs, routing: routed.append(routing))
+    by_window = []
+    for window in probe.windows:
+        model(torch.tensor([window], device=device), controls=controls)
+        by_window.append([torch.stack([getattr(routing, name) for routing in routed]).cpu()
+                          for name in ("experts_TK", "weights_TK", "kept_TK")])
+        routed.clear()
+    experts, picked, kept = (_frozen(torch.cat(parts, 1).numpy()) for parts in zip(*by_window, strict=True))
+    return Inspection(
+        step=weights.step, n_experts=config.model.n_experts, experts=experts, weights=picked, kept=kept,
+        blocks=tuple(at for at, block in enumerate(model.blocks)
+                     if any(isinstance(module, Router) for module in block.modules())),
+        windows=_frozen(np.repeat(np.arange(len(probe.windows)), [len(w) for w in probe.windows])),
+        **_as_text(probe, text))
+
+
+def _as_text(probe: Probe, text: TokenText) -> dict:
+    token_bytes, pieces, classes = [], [], []
+    for ids in probe.documents:
+        own = [text.bytes_of(token) for token in ids]
+        shown = pieces_of(own)
+        token_bytes += own
+        pieces += shown
+        classes.append(classes_of(shown, [text.is_special(token) for token in ids]))
+    sizes = [len(ids) for ids in probe.documents]
+    return {
+        "token_ids": _frozen(np.concatenate([np.array(ids, np.int64) for ids in probe.documents])),
+        "token_bytes": tuple(token_bytes), "pieces": tuple(pieces), "classes": _frozen(np.concatenate(classes)),
+        "documents": _frozen(np.repeat(np.arange(len(sizes)), sizes)), "kinds": tuple(probe.kinds)}
+
+
+def _frozen(values: np.ndarray) -> np.ndarray:
+    values.flags.writeable = False
+    return values
