@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_core.config import ConfigError, RunConfig
 
-_PRESETS: dict[str, dict] = {
+PRESETS: dict[str, dict] = {
     # A MoE for a laptop CPU: steps in tens of milliseconds, learns the embedded corpus in a minute.
     "nano": dict(
         n_layer=4, d_model=128, n_head=4, n_experts=8, expert_width=352, block_size=128, vocab_size=4096,
@@ -34,6 +34,6 @@ _PRESETS: dict[str, dict] = {
 
 def preset(name: str, **changes) -> RunConfig:
     """A named starting point with any fields changed: ``preset("nano", n_experts=16)``. Raises ConfigError."""
-    if name not in _PRESETS:
-        raise ConfigError(f"preset = {name!r}: must be one of {', '.join(map(repr, _PRESETS))}")
-    return RunConfig().replace(**_PRESETS[name]).replace(**changes)
+    if name not in PRESETS:
+        raise ConfigError(f"preset = {name!r}: must be one of {', '.join(map(repr, PRESETS))}")
+    return RunConfig().replace(**PRESETS[name]).replace(**changes)
