@@ -6,9 +6,11 @@ Steering goes through the run's ``session``, reading through its ``store``.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from moe_core import frames, health
+from moe_core import effects, frames, health
 from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.knobs import Knobs
@@ -102,6 +104,22 @@ class Face:
         """What the router guide's rules say of the newest steps, worst first (see ``moe_core.health``)."""
         return health.read(self.store, self._branch.id, self._step,
                            {name: knob.value for name, knob in self.knobs.items()}, self.config)
+
+    def effects(self, window: int = effects.WINDOW):
+        """DataFrame: each turn of a knob, each metric before and after it, and whether it stands out from the noise.
+
+        ``window``: steps before the turn and from it on. How it is told is in ``moe_core.effects``.
+        """
+        return effects.effects(self.store, self._branch.id, window)
+
+    def report(self, path: str | os.PathLike, **options) -> Path:
+        """Write the experiment up from the store, as .html, .md or .ipynb by the end of ``path``; returns the path.
+
+        ``options``: gates, baselines, snapshots, title, static (see ``widgets.report.write``).
+        """
+        from widgets import report
+
+        return report.write(self, path, **options)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

@@ -1,0 +1,113 @@
+"""Whether a number stands out from the noise of a series whose neighbouring values are alike.
+
+Generalised least squares with unknown noise. The noise of a logged metric is a slow part that forgets itself by the
+factor phi a step, an AR(1), and a fast part that each batch brings anew: its correlation between two steps d apart is
+``(1 - w) phi^d``. Neither is known, and taking the likeliest for true finds effects where there are none; so every
+pair on a grid is tried, and the answers are averaged by the restricted likelihood (REML) of each and a prior that
+leans to long memory. Each answer is a Student t with n - C - 2 degrees of freedom.
+
+n values, M series, C columns of the design.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Of all that is tested together, at most this part is found by chance. In simulations the part was 0.4 to 1.3 times
+# this, the most where 20 values of middling memory are on either side: 5 in 100 is kept.
+LEVEL = 0.04
+PHI = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98)
+FAST = (0.0, 0.3, 0.6, 0.8)  # w
+RESOLUTION = 1e-6  # metrics are kept as float32: what is smaller than this part of a value is no noise
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number for each of M series: its value, and the two-sided p of it against 0.
+
+    ``n_effective_M``: as many independent values as the n are worth, in that their mean would be as sure.
+    ``values_GM``, ``errors_GM`` and ``weights_GM`` are of every noise on the grid; :meth:`interval` mixes them.
+    """
+
+    value_M: np.ndarray
+    p_M: np.ndarray
+    n_effective_M: np.ndarray
+    values_GM: np.ndarray
+    errors_GM: np.ndarray
+    weights_GM: np.ndarray
+    df: int
+
+    def interval(self, level_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(low, high) that leave ``level_M / 2`` of the mixed distribution on either side."""
+        reach = 10.0 / np.sqrt(level_M) * self.errors_GM.max(0)
+        ends = []
+        for side in (-1, 1):
+            near = (self.values_GM * side).min(0) - reach
+            far = (self.values_GM * side).max(0) + reach
+            for _ in range(50):
+                middle = (near + far) / 2
+                t_GM = (middle - self.values_GM * side) / self.errors_GM
+                tail_GM = np.where(t_GM > 0, 0.5 * two_sided(t_GM, self.df), 1 - 0.5 * two_sided(t_GM, self.df))
+                outside = (self.weights_GM * tail_GM).sum(0) > level_M / 2
+                near, far = np.where(outside, middle, near), np.where(outside, far, middle)
+            ends.append(side * far)
+        return ends[0], ends[1]
+
+
+def regress(steps_n: np.ndarray, values_nM: np.ndarray, design_nC: np.ndarray, contrast_C: np.ndarray) -> Estimate:
+    """Estimate ``contrast_C @ coefficients`` of every series at once; needs n > C + 2 and no NaN."""
+    n, n_columns = design_nC.shape
+    df = n - n_columns - 2  # two more for phi and w
+    apart_nn = np.abs(np.subtract.outer(steps_n, steps_n)).astype(float)
+    floor_M = n * (RESOLUTION * np.abs(values_nM).max(0)) ** 2 + 1e-300
+    found, error, likely, worth = [], [], [], []
+    for phi, fast in [(0.0, 0.0), *((phi, fast) for phi in PHI for fast in FAST)]:
+        cover_nn = (1 - fast) * phi ** apart_nn if phi else np.zeros((n, n))
+        np.fill_diagonal(cover_nn, 1.0)
+        root_nn = np.linalg.cholesky(cover_nn)
+        white = np.linalg.solve(root_nn, np.concatenate([design_nC, values_nM], 1))
+        q_nC, r_CC = np.linalg.qr(white[:, :n_columns])
+        fitted_CM = q_nC.T @ white[:, n_columns:]
+        rest_M = np.maximum(((white[:, n_columns:] - q_nC @ fitted_CM) ** 2).sum(0), floor_M)
+        way_C = np.linalg.solve(r_CC.T, contrast_C)
+        found.append(way_C @ fitted_CM)
+        error.append(np.sqrt(rest_M / df * (way_C @ way_C)))
+        prior = (1 + 8 * phi**4) * (1 + 3 * fast * phi)
+        likely.append(np.log(prior) - np.log(np.diag(root_nn)).sum() - np.log(np.abs(np.diag(r_CC))).sum()
+                      - (n - n_columns) / 2 * np.log(rest_M))
+        worth.append(n**2 / cover_nn.sum())
+    found, error, likely = np.array(found), np.array(error), np.array(likely)
+    weights = np.exp(likely - likely.max(0))
+    weights /= weights.sum(0)
+    return Estimate((weights * found).sum(0), (weights * two_sided(found / error, df)).sum(0),
+                    (weights * np.array(worth)[:, None]).sum(0), found, error, weights, df)
+
+
+def two_sided(t: np.ndarray, df: int) -> np.ndarray:
+    """The chance of a Student t beyond +-t, for a whole number of degrees of freedom (Abramowitz & Stegun 26.7.3-4)."""
+    angle = np.arctan(np.abs(t) / np.sqrt(df))
+    square, odd = np.cos(angle) ** 2, df % 2
+    term = np.cos(angle) if odd else np.ones_like(angle)
+    total = np.zeros_like(angle)
+    for k in range(1 if odd else 0, df - 1, 2):
+        total += term
+        term = term * square * (k + 1) / (k + 2)
+    inside = 2 / np.pi * (angle + np.sin(angle) * total) if odd else np.sin(angle) * total
+    return np.clip(1 - inside, 0.0, 1.0)
+
+
+def holm(p_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(which stand out, the level that each was held to) by Holm's step-down method over M tests.
+
+    An interval at that level leaves out 0 exactly where the test stands out.
+    """
+    order = np.argsort(p_M, kind="stable")
+    levels = LEVEL / (len(p_M) - np.arange(len(p_M)))
+    failed = np.flatnonzero(p_M[order] > levels)
+    if len(failed):
+        levels[failed[0]:] = levels[failed[0]]
+    held_to_M = np.empty(len(p_M))
+    held_to_M[order] = levels
+    return p_M <= held_to_M, held_to_M

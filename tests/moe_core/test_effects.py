@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from moe_core.effects import design_of_turn, effects, effects_of_ab
+from moe_core.noise import LEVEL, regress, two_sided
+from moe_core.store import MAIN, RunStore
+
+
+def noise(rng, n, n_series, phi, fast=0.0):
+    """[n, n_series] of unit variance: an AR(1) that forgets itself by phi, and a part that each step brings anew."""
+    slow = np.empty((n, n_series))
+    slow[0] = rng.normal(size=n_series)
+    for k in range(1, n):
+        slow[k] = phi * slow[k - 1] + np.sqrt(1 - phi**2) * rng.normal(size=n_series)
+    return np.sqrt(1 - fast) * slow + np.sqrt(fast) * rng.normal(size=(n, n_series))
+
+
+def stored(path, steps, values_nM, turns):
+    """A run with these metrics x0, x1, ... and turns of router_temp to 1.0 at these steps."""
+    store = RunStore.create(path, {})
+    for step, row in zip(steps, values_nM, strict=True):
+        store.log_step(MAIN, int(step), 0.0, {f"x{i}": float(v) for i, v in enumerate(row)})
+    for turn in turns:
+        store.log_event(MAIN, turn, "knob", turn if isinstance(turn, dict) else {
+            "name": "router_temp", "mode": "hold", "value": 1.0})
+    return store
+
+
+@pytest.mark.parametrize("before, after", [(50, 50), (50, 20)])
+def test_a_null_change_of_one_metric_is_called_significant_at_most_5_times_in_100(before, after):
+    """4000 series of noise with phi from 0 to 0.9, with and without a fast part, on a line or a decay as of a loss."""
+    rng, steps, found = np.random.default_rng(), np.arange(101, 101 + before + after), []
+    shape = (steps > 100 + before) * 1.0
+    for phi in (0.0, 0.5, 0.8, 0.9):
+        for fast in (0.0, 0.6):
+            trend = np.stack([rng.normal() * (steps - 100) / 10, 8 * np.exp(-(steps - 100) / 60)], 1)
+            values = noise(rng, len(steps), 500, phi, fast) + np.repeat(trend, 250, axis=1)
+            found.append(regress(steps, values, *design_of_turn(steps, 101 + before, shape)).p_M < LEVEL)
+    assert np.mean(found) <= 0.05
+    assert np.mean(found, 1).max() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
+
+
+def test_a_turn_that_did_nothing_stands_out_in_no_metric_95_times_in_100(tmp_path):
+    """60 turns of a run whose 12 metrics have trends and long memory: Holm's method covers all of a turn's tests."""
+    rng, steps = np.random.default_rng(), np.arange(1, 3051)
+    values = noise(rng, len(steps), 12, 0.9) + np.outer(steps / 300, rng.normal(size=12))
+    with stored(tmp_path / "null", steps, values, range(51, 3050, 50)) as store:
+        table = effects(store, MAIN)
+    turns = table.groupby("step")["stands_out"].any()
+    assert len(turns) == 60 and len(table) == 60 * 12 and table["stands_out"].notna().all()
+    assert turns.sum() <= 8  # 3 are expected at 5 in 100; 9 or more would come once in 400
+
+
+def test_a_strong_change_always_stands_out_with_its_size(tmp_path):
+    """A shift of 12 standard deviations at a turn, in noise of any memory, is found in each of 40 series."""
+    rng, steps = np.random.default_rng(), np.arange(1, 101)
+    values = np.concatenate([noise(rng, 100, 10, phi) for phi in (0.0, 0.5, 0.8, 0.9)], 1)
+    values += 5 * np.exp(-steps / 50)[:, None] + 12.0 * (steps >= 51)[:, None]
+    with stored(tmp_path / "strong", steps, values, [51]) as store:
+        table = effects(store, MAIN)
+    assert len(table) == 40 and table["stands_out"].all()
+    assert ((table["low"] < 12) & (table["high"] > 12)).mean() > 0.9
+    assert table["difference"].mean() == pytest.approx(12, abs=1)
+
+
+def test_memory_leaves_fewer_independent_values():
+    """100 values of an AR(1) with phi 0.9 are worth about 100 * 0.1 / 1.9; those of white noise several times that."""
+    rng, steps = np.random.default_rng(), np.arange(1, 101)
+    design = design_of_turn(steps, 51, (steps > 50) * 1.0)
+    white, slow = (np.median(regress(steps, noise(rng, 100, 200, phi), *design).n_effective_M) for phi in (0.0, 0.9))
+    assert slow < 12 and white > 2 * slow
+
+
+def test_windows_are_cut_at_the_neighbouring_turns_and_too_little_data_is_said(tmp_path):
+    """Turns at 51, 81 and 91: the first has 30 steps behind it, the last 10 before it, which are too few to tell."""
+    rng, steps = np.random.default_rng(), np.arange(1, 151)
+    values = noise(rng, 150, 2, 0.5)
+    values[:, 1] = np.where(steps % 25 == 0, values[:, 1], np.nan)  # as a validation loss
+    with stored(tmp_path / "cut", steps, values, [51, 81, 91]) as store:
+        table = effects(store, MAIN).set_index(["step", "metric"])
+    first, last, sparse = table.loc[(51, "x0")], table.loc[(91, "x0")], table.loc[(51, "x1")]
+    assert first["said"] == "after: up to step 80, the turn behind it"
+    assert first["before"] == pytest.approx(values[:50, 0].mean(), rel=1e-5)
+    assert first["after"] == pytest.approx(values[50:80, 0].mean(), rel=1e-5)
+    assert isinstance(first["stands_out"], bool | np.bool_)
+    assert last["stands_out"] is table["stands_out"].dtype.na_value and np.isnan(last["difference"])
+    assert last["said"] == ("before: from step 81, the turn before it; "
+                            "10 values before and 50 after: too few to tell, each needs 20")
+    assert sparse["said"].endswith("2 values before and 1 after: too few to tell, each needs 20")
+
+
+def test_a_run_tells_what_its_turn_brought_and_leaves_out_what_the_turn_set(tiny_run):
+    """Alpha 0.02 -> 1.0 multiplies alpha's own loss term at once; the temperature's own metric is no effect."""
+    run = tiny_run(max_steps=200)
+    run.step(40)
+    run.knobs["load_balance_alpha"].hold(1.0)
+    run.step(40)
+    table = run.effects(window=40).set_index("metric")
+    aux = table.loc["router/aux_mean"]
+    assert aux["stands_out"] and aux["low"] < aux["after"] - aux["before"] < aux["high"]
+    assert (aux["step"], aux["knob"], aux["to"]) == (41, "load_balance_alpha", 1.0)
+    assert aux["from"] == pytest.approx(0.02)
+    assert "router/load_balance_alpha" not in table.index and "router/temp" not in table.index
+    assert table.loc["router/drop_frac_mean", "said"] == "constant"
+    with pytest.raises(ValueError, match="window = 3: must be a whole number of steps, at least 20"):
+        run.effects(window=3)
+
+
+def test_two_branches_are_compared_step_by_step(tiny_run):
+    """The same knobs on both branches differ nowhere; another alpha stands out in its loss term."""
+    run = tiny_run(max_steps=200)
+    run.step(5)
+    assert effects_of_ab(run.ab({}, {}, steps=25)).empty
+    table = effects_of_ab(run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25))
+    aux = table.set_index("metric").loc["router/aux_mean"]
+    assert aux["stands_out"] and aux["low"] > 0 and aux["b"] > aux["a"]
+
+
+@pytest.mark.parametrize("t, df, p", [(2.228139, 10, 0.05), (12.706205, 1, 0.05), (4.032143, 5, 0.01),
+                                      (1.984723, 97, 0.05), (0.0, 7, 1.0)])
+def test_the_tail_of_student_t_is_that_of_the_tables(t, df, p):
+    assert two_sided(np.array([t, -t]), df) == pytest.approx(p, rel=1e-4)
