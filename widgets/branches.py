@@ -1,4 +1,4 @@
-"""The row that takes a run back: undo a chunk, rewind to a step or a checkpoint, change the branch, save."""
+"""The row that takes a run back: undo a chunk, rewind to a step or a checkpoint, change or show branches, save."""
 
 from __future__ import annotations
 
@@ -31,11 +31,14 @@ class BranchRow:
                                    layout=ipw.Layout(width="136px"))
         self.save = self._button("Save", "Save a named checkpoint of this step; it is never pruned",
                                  lambda: run.checkpoint(f"step {run.current_step}"))
+        self.others = ipw.Checkbox(value=True, description="other branches", indent=False,
+                                   tooltip="Thin grey lines of the other branches behind the current one's",
+                                   layout=ipw.Layout(width="auto", display="none"))
         self.saved.observe(lambda seen: self._choose(seen.new), "value")
         self._own_branch = run.branch
         self.branch.observe(lambda seen: self._switch(seen.new), "value")
         self.widget = ipw.Box([self.undo, self.rewind, self.step, self.saved, ipw.Label("branch"), self.branch,
-                               self.save])
+                               self.others, self.save])
         self.widget.add_class("moe-branches")
         self.refresh()
 
@@ -54,6 +57,14 @@ class BranchRow:
             with self.saved.hold_sync():
                 self.saved.options = saved
                 self.saved.value = None
+
+    def offer_undo(self, wanted: bool) -> None:
+        """Put Undo forward, or back in line."""
+        self.undo.button_style = "warning" if wanted else ""
+
+    def offer_others(self, there: bool) -> None:
+        """Offer to leave out the other branches' lines, where there are any."""
+        self.others.layout.display = None if there else "none"
 
     def aim(self, step: int) -> None:
         """Take a step that was pointed at on a chart."""

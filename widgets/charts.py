@@ -4,26 +4,47 @@ A chart function takes frames (``run.metrics(per_layer=True)``, ``run.experts()`
 :class:`Chart`: what to draw and what its axes say, not yet where. :mod:`widgets.figures` makes plotly
 figures of charts.
 
+Other branches of the run, by name (:func:`widgets.others.other_branches`), stand behind the lines as thin grey
+ones. Where ``top_k``, the picks of a token, is given, the router guide's healthy ranges are shaded.
+
 n steps, L layers, E experts. A layer selection is a layer's index, or None for the mean over layers.
 """
 
 from __future__ import annotations
 
 import colorsys
+import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from moe_core.health import healthy_band
+from widgets.others import joined
 from widgets.series import POINTS, Shares, thin
 
 # Petroff, "Accessible Color Sequences for Data Visualization" (2021), the sequence of eight; its khaki and
 # its pale blue are darker here: a notebook's page is white or black, and its charts cannot know which.
 PALETTE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#969662", "#60bcbe", "#578dff", "#6b696a")
 BLUE, ORANGE, MAGENTA, GREY = "#578dff", "#ff5e02", "#c849a9", "#888888"
+HEALTHY = "#2e9e5b"
 STARVED, FAIR, CROWDED = "#2166ac", "#dddddd", "#d6541f"
+GREYED = "rgba(128,128,128,0.55)"  # other branches
 STEP, SHARE = "optimizer step", "share of assignments"
+Others = Mapping[str, pd.DataFrame] | None  # None: room for no grey lines
+
+
+@dataclass(frozen=True)
+class Band:
+    """A healthy range on the left axis, or on the ``right`` one; where a chart has two, each in its line's color."""
+
+    low: float
+    high: float
+    words: str
+    color: str
+    right: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,8 +53,8 @@ class Chart:
 
     ``traces``: plotly's dicts, each with a ``uid``; one with ``"yaxis": "right"`` is measured on the right
     axis. ``x``, ``y``, ``right``: plotly's axis settings. ``rules``: (height, words) of horizontal reference
-    lines. ``over_steps``: x is the step axis, which all such charts share. ``legend``: some of its traces have
-    entries in the figure's legend, where there is room for them.
+    lines. ``bands``: healthy ranges. ``over_steps``: x is the step axis, which all such charts share. ``legend``:
+    some of its traces have entries in the figure's legend, where there is room for them.
     """
 
     name: str
@@ -43,6 +64,7 @@ class Chart:
     y: dict
     right: dict | None = None
     rules: tuple[tuple[float, str], ...] = ()
+    bands: tuple[Band, ...] = ()
     over_steps: bool = True
     legend: bool = False
 
@@ -62,7 +84,8 @@ def _shade(color: str, turn: int, rounds: int) -> str:
     return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue, light, strength))
 
 
-def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS) -> Chart:
+def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS,
+                 top_k: int | None = None) -> Chart:
     """Each expert's share of the assignments over steps: served solid, demand dotted, and the fair share 1/E.
 
     Where nothing is dropped the two are equal: the dotted lines, hidden under the solid ones, are not drawn, and
@@ -80,7 +103,8 @@ def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit
     keys = ("━ served", "┅ demand") if dropped else ("━ served = demand",)
     title = _titled(f"Share of each expert, {_selection(layer)}", *keys, "╌ fair share")
     return Chart("expert_lines", title, tuple(traces), x={"title": STEP}, y=_share_axis(shares.n_experts),
-                 rules=_fair(shares.n_experts), legend=True)
+                 rules=_fair(shares.n_experts), legend=True,
+                 bands=_share_band("router/frac_srv_e0", shares.n_experts, top_k, shares.demand_nE))
 
 
 def utilisation(experts: pd.DataFrame | Shares, layer: int | None = None) -> Chart:
@@ -120,10 +144,12 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
                     "showgrid": False})
 
 
-def loss(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
+def loss(metrics: pd.DataFrame, limit: int = POINTS, others: Others = None) -> Chart:
     """What is minimised, its cross-entropy part, and the validation cross-entropy, in nats a token."""
     steps, keys = metrics.index, [_key(BLUE, "train")]
-    traces = [_line("train-loss", steps, _column(metrics, "train/loss"), BLUE, limit, "train loss %{y:.4f}")]
+    traces = [*_grey(others, "train/loss", "train loss %{y:.4f}"),
+              *_grey(others, "val/loss", "validation %{y:.4f}", dash="dash")]
+    traces += [_line("train-loss", steps, _column(metrics, "train/loss"), BLUE, limit, "train loss %{y:.4f}")]
     if "router/aux_mean" in metrics:  # without a router the two are one line
         keys.append(_key(BLUE, "its cross-entropy", "┅"))
         traces.append(_line("train-ce", steps, _column(metrics, "train/ce"), BLUE, limit,
@@ -132,33 +158,45 @@ def loss(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
     seen = ~np.isnan(val)
     traces.append(_line("val-loss", steps[seen], val[seen], ORANGE, limit, "validation %{y:.4f}",
                         mode="lines+markers" if seen.sum() <= 60 else "lines", marker={"size": 4}))
-    return Chart("loss", _titled("Loss", *keys, _key(ORANGE, "validation")), tuple(traces),
+    keys.append(_key(ORANGE, "validation"))
+    if others:
+        keys.append(_key(GREYED, "others"))
+    return Chart("loss", _titled("Loss", *keys), tuple(traces),
                  x={"title": STEP}, y={"title": "nats per token"})
 
 
-def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS) -> Chart:
+def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS,
+               others: Others = None, top_k: int | None = None) -> Chart:
     """Entropy of the router's probabilities (left, in nats) and its mean top-1 probability (right)."""
-    entropy, top1 = (_column(metrics, _of_layer(name, layer))
-                     for name in ("router/entropy_mean", "router/top1_p_mean"))
+    of_entropy, of_top1 = (_of_layer(name, layer) for name in ("router/entropy_mean", "router/top1_p_mean"))
     most = math.log(n_experts)  # the entropy of a uniform choice
+    bands = ()
+    if top_k and n_experts > top_k:
+        bands = (Band(*healthy_band(of_entropy, n_experts, top_k), "healthy entropy", BLUE),
+                 Band(*healthy_band(of_top1, n_experts, top_k), "healthy probability", ORANGE, right=True))
     return Chart(
         "confidence", _titled("Router", _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
-            _line("entropy", metrics.index, entropy, BLUE, limit, "entropy %{y:.3f} nats"),
-            _line("top1-p", metrics.index, top1, ORANGE, limit, "top-1 probability %{y:.3f}", yaxis="right")),
+            *_grey(others, of_entropy, "entropy %{y:.3f} nats"),
+            _line("entropy", metrics.index, _column(metrics, of_entropy), BLUE, limit, "entropy %{y:.3f} nats"),
+            _line("top1-p", metrics.index, _column(metrics, of_top1), ORANGE, limit, "top-1 probability %{y:.3f}",
+                  yaxis="right")),
         x={"title": STEP}, y={"title": "entropy (nats)", "range": [0, 1.08 * most or 1]},
-        right={"title": "probability", "range": [0, 1.08]}, rules=((most, f"ln {n_experts}"),))
+        right={"title": "probability", "range": [0, 1.08]}, rules=((most, f"ln {n_experts}"),), bands=bands)
 
 
-def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = None,
-                  limit: int = POINTS) -> Chart:
+def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS,
+                  others: Others = None, top_k: int | None = None) -> Chart:
     """The largest demand of one expert, and the share of assignments that capacity dropped."""
+    largest = _of_layer("router/max_frac_mean", layer)
     lines = (("max-frac-worst", "worst layer", ORANGE, "router/max_frac_max"),
-             ("max-frac", "largest demand", MAGENTA, _of_layer("router/max_frac_mean", layer)),
+             ("max-frac", "largest demand", MAGENTA, largest),
              ("drop-frac", "dropped", GREY, _of_layer("router/drop_frac_mean", layer)))
+    drawn = [_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} %{{y:.1%}}")
+             for uid, words, color, name in lines]
     return Chart("concentration", _titled("Load", *(_key(color, words) for _, words, color, _ in lines)),
-                 tuple(_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} %{{y:.1%}}")
-                       for uid, words, color, name in lines),
-                 x={"title": STEP}, y=_share_axis(n_experts), rules=_fair(n_experts))
+                 (*_grey(others, largest, "largest demand %{y:.1%}"), *drawn), x={"title": STEP},
+                 y=_share_axis(n_experts), rules=_fair(n_experts),
+                 bands=_share_band(largest, n_experts, top_k, *(line["y"] for line in drawn)))
 
 
 def clipping(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
@@ -180,6 +218,25 @@ def _line(uid: str, x, y, color: str, limit: int, hover: str, dash: str = "solid
     return {"type": "scatter", "mode": "lines", "uid": uid, "x": x, "y": y, "showlegend": False,
             "line": {"color": color, "width": width, "dash": dash},
             "hovertemplate": f"{hover}<br>step %{{x:d}}<extra></extra>"} | more
+
+
+def _grey(others: Others, metric: str, hover: str, dash: str = "solid") -> list[dict]:
+    """One trace for all other branches; none where ``others`` is None."""
+    if others is None:
+        return []
+    x, y, whose = joined(others, metric)
+    return [{"type": "scatter", "mode": "lines", "uid": f"others-{metric}", "x": x, "y": y, "showlegend": False,
+             "text": [html.escape(name) for name in whose], "line": {"color": GREYED, "width": 1, "dash": dash},
+             "hovertemplate": f"branch %{{text}}<br>{hover}<br>step %{{x:d}}<extra></extra>"}]
+
+
+def _share_band(metric: str, n_experts: int, top_k: int | None, *drawn: np.ndarray) -> tuple[Band, ...]:
+    """The healthy range of a share, no further up than the chart reaches: shading does not squeeze the lines."""
+    if top_k is None or n_experts <= top_k:
+        return ()
+    low, high = healthy_band(metric, n_experts, top_k)
+    top = max([1.6 / n_experts, *(np.nanmax(values) for values in drawn if np.isfinite(values).any())])
+    return (Band(low or 0.0, min(high, 1.06 * float(top)), "healthy", HEALTHY),)
 
 
 def _shares(experts: pd.DataFrame | Shares, layer: int | None) -> Shares:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from widgets.marks import Marks
+from widgets.others import other_branches
 from widgets.series import Shares
 
 NAMES = ("train/loss", "train/ce", "val/loss", "grad/norm", "grad/clipped_cum")
@@ -19,7 +20,8 @@ class Feed:
     """Metrics, shares and marks of a run's current branch, kept up to date by :meth:`refresh`.
 
     For one thread. ``metrics``: DataFrame float32, index step; ``shares``: :class:`Shares` of the layer
-    selection, None for a dense model; ``marks``: :class:`Marks`. ``news(events)`` hears of each event once.
+    selection, None for a dense model; ``marks``: :class:`Marks`; ``others``: the rows of other branches, which
+    stand still while the run is on this one. ``news(events)`` hears of each event once.
     """
 
     def __init__(self, run, news: Callable[[list[dict]], None] = lambda events: None):
@@ -62,6 +64,7 @@ class Feed:
         self._branch, self.last_step, self._last_event = branch, 0, 0
         self.metrics = pd.DataFrame(columns=self._names, index=pd.Index([], name="step", dtype=np.int64),
                                     dtype=np.float32)
+        self.others = other_branches(self._run.store, self._branch_id, self._names)
         model, self.marks = self._run.config.model, Marks()
-        nothing = np.zeros((0, 2, model.n_layer, model.n_experts), np.float32)
+        nothing = np.zeros((0, 2, model.n_moe_layer, model.n_experts), np.float32)
         self.shares = Shares.of(np.zeros(0, np.int64), nothing, self.layer) if self._n_experts else None

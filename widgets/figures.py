@@ -13,11 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from widgets import charts
-from widgets.charts import Chart
+from widgets.charts import Chart, Others
 from widgets.marks import Marks
 from widgets.series import POINTS, Shares, within
 
 TEXT, GRID, RULE, MARK = "#808080", "rgba(128,128,128,0.2)", "rgba(128,128,128,0.75)", "#9467bd"
+BAND = 0.09  # opacity of a healthy range
 FONT = {"family": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif", "size": 11,
         "color": TEXT}
 WIDTH = 1100  # a JupyterLab cell on a common screen
@@ -49,37 +50,42 @@ def figure(chart: Chart, marks: Marks | None = None, width: int = 700) -> go.Fig
 
 def panel_figure(metrics: pd.DataFrame, experts: pd.DataFrame | Shares | None = None,
                  events: pd.DataFrame | None = None, layer: int | None = None, width: int = WIDTH,
-                 limit: int = POINTS) -> go.Figure:
+                 limit: int = POINTS, others: Others = None, top_k: int | None = None) -> go.Figure:
     """All charts of a run on one figure.
 
     ``metrics``: ``run.metrics(per_layer=True)``; ``experts``: ``run.experts()``, None or empty for a dense
     model; ``events``: ``run.events()``, whose marks stand on every step axis; ``layer``: an index, None for
-    the mean over layers; ``width``: pixels to lay out for; ``limit``: most points of a line.
+    the mean over layers; ``width``: pixels to lay out for; ``limit``: most points of a line; ``others``: the other
+    branches' rows by name, as :func:`widgets.others.other_branches` reads them, for grey lines; ``top_k``: the
+    config's, for the healthy ranges.
     """
     if experts is not None and not isinstance(experts, Shares):
         experts = Shares.from_frame(experts, layer) if len(experts) else None
     marks = Marks() if events is None else Marks.of(events)
-    return _figure(*panel_parts(metrics, experts, marks, layer, width, limit))
+    return _figure(*panel_parts(metrics, experts, marks, layer, width, limit, others=others, top_k=top_k))
 
 
 def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, layer: int | None = None,
                 width: int = WIDTH, limit: int = POINTS,
-                window: tuple[float, float] | None = None) -> tuple[list[dict], dict]:
+                window: tuple[float, float] | None = None, others: Others = None,
+                top_k: int | None = None) -> tuple[list[dict], dict]:
     """:func:`panel_figure` as plain traces and layout, for whoever wants to see only what changed.
 
     ``window``: first and last step that the step axes show; lines are thinned to ``limit`` points inside it.
     """
     columns = 3 if width >= WIDE else 2 if width >= MEDIUM else 1
     metrics = metrics.iloc[within(metrics.index.to_numpy(), window)]
-    loss, clip = charts.loss(metrics, limit), charts.clipping(metrics, limit)
+    if others:
+        others = {name: rows.iloc[within(rows.index.to_numpy(), window)] for name, rows in others.items()}
+    loss, clip = charts.loss(metrics, limit, others), charts.clipping(metrics, limit)
     if shares is None or not shares.n_experts:
         return arrange(_flow([(loss, 1), (clip, 1)], min(columns, 2)), marks, width)
     n = shares.n_experts
     seen = shares.cut(within(shares.steps_n, window))
-    lines, bars = charts.expert_lines(seen, layer, limit), charts.utilisation(shares, layer)
+    lines, bars = charts.expert_lines(seen, layer, limit, top_k), charts.utilisation(shares, layer)
     heat = charts.layer_heatmap(shares)
-    router = charts.confidence(metrics, n, layer, limit)
-    load = charts.concentration(metrics, n, layer, limit)
+    router = charts.confidence(metrics, n, layer, limit, others, top_k)
+    load = charts.concentration(metrics, n, layer, limit, others, top_k)
     if columns < 3:
         sized = [(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip))]
         return arrange(_flow(sized, columns), marks, width)
@@ -173,6 +179,14 @@ def _add(traces: list, layout: dict, chart: Chart, k: int, x: list[float], y: li
                 "x": x[1], "xanchor": "left", "y": (y[0] + y[1]) / 2, "len": y[1] - y[0],
                 "lenmode": "fraction", "ypad": 0}
         traces.append(trace | own)
+    for band in chart.bands:
+        shade = ",".join(str(int(band.color[i : i + 2], 16)) for i in (1, 3, 5))
+        layout["shapes"].append({
+            "type": "rect", "xref": f"{x_id} domain", "yref": right_id if band.right else y_id, "x0": 0, "x1": 1,
+            "y0": band.low, "y1": band.high, "line": {"width": 0}, "fillcolor": f"rgba({shade},{BAND})",
+            "layer": "below", "label": {
+                "text": band.words, "textposition": "bottom right" if band.right else "bottom left", "padding": 1,
+                "font": {"size": 9, "color": band.color}}})
     for value, words in chart.rules:
         layout["shapes"].append({
             "type": "line", "xref": f"{x_id} domain", "yref": y_id, "x0": 0, "x1": 1, "y0": value,

@@ -43,7 +43,7 @@ class Live:
                  report: Callable[[Exception], None] = lambda error: None):
         """The figure is there at once, with the whole history; :meth:`start` begins to follow."""
         self._run, self._tick, self._report = run, tick, report
-        self._feed, self._width, self._window = Feed(run, news), WIDTH, None
+        self._feed, self._width, self._window, self._others = Feed(run, news), WIDTH, None, True
         self._feed.refresh()
         self._traces, self._layout = self._parts()
         self.figure = PanelFigure(self._traces, self._layout | {"template": "none"}, self._on_drawn, self._on_zoomed)
@@ -76,6 +76,15 @@ class Live:
     def resize(self, width: int) -> None:
         """Lay out for this many pixels."""
         self._want("width", width)
+
+    def show_others(self, shown: bool) -> None:
+        """Draw the other branches, or leave them out."""
+        self._want("others", shown)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether the run has other branches with lines to draw."""
+        return bool(self._feed.others)
 
     def expect(self) -> None:
         """A page is about to show the figure anew, and will need all of it."""
@@ -137,8 +146,9 @@ class Live:
 
     def _parts(self) -> tuple[list[dict], dict]:
         feed = self._feed
-        traces, layout = panel_parts(feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS,
-                                     self._window)
+        traces, layout = panel_parts(
+            feed.metrics, feed.shares, feed.marks, feed.layer, self._width, LIVE_POINTS, self._window,
+            others=feed.others if self._others else {}, top_k=self._run.config.router.top_k)
         # A figure left to size itself takes the size of the moment it is made, before it is in the page, and
         # later follows the window but no side bar.
         return traces, layout | {"width": self._width, "autosize": False}

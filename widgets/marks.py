@@ -21,7 +21,8 @@ KNOB_TITLES = {
 }
 # What a mark shows, the first of these that it stands for; a kind that is none of them went wrong, and comes
 # before all.
-SYMBOLS = {"knob": "diamond", "note": "circle", "branch": "triangle-up", "checkpoint": "square"}
+SYMBOLS = {"knob": "diamond", "note": "circle", "branch": "triangle-up", "checkpoint": "square",
+           "finding": "triangle-down"}
 WRONG = "x"
 WRAP = 56  # characters a line of hover text
 
@@ -39,6 +40,8 @@ class Marks:
         """From the frame of ``run.events()``. What shares a step shares its mark, the oldest line first."""
         at: dict[int, list[dict]] = {}
         for event in events.to_dict("records"):
+            if event["kind"] == "finding" and (event["level"], event["state"]) != ("alarm", "here"):
+                continue  # on the charts only the coming of an alarm has a mark; the log has the rest
             at.setdefault(int(event["step"]), []).append(event)
         steps = sorted(at)
         return cls(
@@ -63,6 +66,8 @@ class Marks:
 
 def say(event: dict) -> str:
     """One event in words, as plain text: nothing in it is HTML yet."""
+    if event["kind"] == "finding":
+        return f"{'Gone' if event['state'] == 'gone' else event['level'].capitalize()}: {event['text']}"
     if event["kind"] != "knob":
         said = next((event[key] for key in ("text", "name") if isinstance(event.get(key), str)), None)
         kind = event["kind"].capitalize()
@@ -71,7 +76,8 @@ def say(event: dict) -> str:
     if event["mode"] == "follow":
         return f"{title}: follows its schedule"
     if event["mode"] == "hold":
-        return f"{title}: held at {event['value']:.4g}"
+        why = f", in answer to {event['finding']}" if isinstance(event.get("finding"), str) else ""
+        return f"{title}: held at {event['value']:.4g}{why}"
     over = event.get("over")
     steps = f" over {int(over)} steps" if over is not None and math.isfinite(over) else ""
     return f"{title}: ramps to {event['value']:.4g}{steps}"

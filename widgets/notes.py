@@ -36,7 +36,7 @@ class Log:
         """Events as ``RunStore.read_events`` gives them: turns of knobs, notes, what stopped training."""
         self._write([
             _line(f"{say({**event, **event['payload']})} · {'applied at ' * (event['kind'] == 'knob')}"
-                  f"step {event['step']}", event["kind"] not in SYMBOLS, event["applied"])
+                  f"step {event['step']}", _is_wrong(event), event["applied"])
             for event in sorted(events, key=lambda event: event["id"])])
 
     def guarded(self, handler: Callable) -> Callable:
@@ -55,6 +55,11 @@ class Log:
             self._lines += lines
             inside = "".join(reversed(self._lines))
             self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
+
+
+def _is_wrong(event: dict) -> bool:
+    said = event["payload"]
+    return event["kind"] not in SYMBOLS or (said.get("state"), said.get("level")) == ("here", "alarm")
 
 
 def _line(text: str, error: bool, at: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import anywidget
-from traitlets import Int
+from traitlets import Float, Int, List
 
 _ESM = """
 export default {
@@ -15,14 +15,31 @@ export default {
       if (!gone && model.get(name) !== value) { model.set(name, value); model.save_changes(); }
     };
     const rows = () => [...panel.querySelectorAll(".moe-knob")];
+    // Where a hand holds a slider that it has not let go of; the slider itself speaks only of where it was let go.
+    const follow = (slider) => {
+      const hold = slider?.noUiSlider;
+      if (!hold || hold.moeFollowed) return;
+      hold.moeFollowed = true;
+      let held = false;
+      hold.on("start.moe", () => { held = true; });
+      hold.on("slide.moe", (_, __, values) => {
+        const row = slider.closest(".moe-knob");
+        if (!held || row === null) return;
+        row.parentElement.style.setProperty("--moe-aim", `${row.offsetTop + row.offsetHeight}px`);
+        say("aim", [rows().indexOf(row), values[0]]);
+      });
+      hold.on("end.moe", () => { held = false; say("aim", []); });
+    };
     // ipywidgets builds a slider's handle without a name, anew when its range changes, and puts the tooltip
     // of a number field on a label that it hides.
     const name = () => {
       for (const label of panel.querySelectorAll(".widget-text > .widget-label[title]"))
         label.parentElement.querySelector("input")?.setAttribute("aria-label", label.title);
-      for (const slider of panel.querySelectorAll(".widget-slider"))
+      for (const slider of panel.querySelectorAll(".widget-slider")) {
         slider.querySelector("[role=slider]")?.setAttribute(
           "aria-label", slider.querySelector(".widget-label").textContent);
+        follow(slider.querySelector(".noUi-target"));
+      }
       const figure = panel.querySelector(".js-plotly-plot");
       figure?.setAttribute("role", "figure");
       figure?.setAttribute("aria-label", "Charts of the run");
@@ -68,13 +85,29 @@ _CSS = """
 .moe-state-training::before { background: #2e9e5b; }
 .moe-state-pausing::before, .moe-state-paused::before, .moe-state-moving::before { background: #d98200; }
 .moe-state-failed::before { background: #d13438; }
+.moe-state-gone::before { background: none; border: 2px solid #d13438; box-sizing: border-box; }
 .moe-error { color: var(--jp-error-color1, #d13438); }
 .moe-workbench progress { appearance: none; display: block; width: 100%; height: 4px; border: 0;
   border-radius: 2px; overflow: hidden; background: var(--jp-border-color2); }
 .moe-workbench progress::-webkit-progress-bar { background: var(--jp-border-color2); }
 .moe-workbench progress::-webkit-progress-value { background: #2e9e5b; }
 .moe-workbench progress::-moz-progress-bar { background: #2e9e5b; }
-.moe-knobs { border: solid var(--jp-border-color2); border-width: 1px 0; padding: 6px 0; overflow: hidden; }
+.moe-knobs { border: solid var(--jp-border-color2); border-width: 1px 0; padding: 6px 0; overflow: visible;
+  position: relative; }
+.moe-what-if { position: absolute; z-index: 5; top: var(--moe-aim, 0); left: 24px; width: auto; max-width: 560px;
+  margin: 0; pointer-events: none; }
+.moe-what-if .widget-html-content { overflow: visible; }
+.moe-then { padding: 8px 12px; border: 1px solid var(--jp-border-color1); border-radius: 3px;
+  background: var(--jp-layout-color1); box-shadow: 0 3px 10px rgba(0, 0, 0, 0.25); line-height: 1.35;
+  font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1); font-variant-numeric: tabular-nums; }
+.moe-then p { margin: 0; }
+.moe-then p + p, .moe-then table + p { margin-top: 3px; font-size: 11px; color: var(--jp-ui-font-color2); }
+.moe-then table, .moe-groups table { border-collapse: collapse; margin: 4px 0; }
+.moe-then th, .moe-then td, .moe-groups th, .moe-groups td { padding: 1px 18px 1px 0; text-align: left;
+  font-weight: normal; white-space: nowrap; color: inherit; background: none; border: 0; }
+.moe-then th, .moe-then i, .moe-groups tr:first-child th { color: var(--jp-ui-font-color2); font-style: normal; }
+.moe-groups { font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1);
+  font-variant-numeric: tabular-nums; }
 .moe-knob { display: grid !important; align-items: center; gap: 0 10px; overflow: hidden;
   grid-template-columns: minmax(206px, 1fr) 74px 78px 70px minmax(322px, 1.1fr);
   --jp-widgets-inline-height: 24px; }
@@ -112,14 +145,16 @@ _CSS = """
 class Page(anywidget.AnyWidget):
     """Lies in the panel, unseen. ``width``: the panel's, in pixels, rounded to 10; 0 until a page shows it.
 
-    ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none. ``views``: how many times a
-    page has made the panel.
+    ``focus``: which knob's row has the keyboard's focus, counted from 0; -1 for none. ``aim``: the row whose slider
+    a pointer holds, and the value that it is at; empty when none is held. ``views``: how many times a page has
+    made the panel.
     """
 
     _esm = _ESM
     _css = _CSS
     width = Int(0).tag(sync=True)
     focus = Int(-1).tag(sync=True)
+    aim = List(Float()).tag(sync=True)
     views = Int(0).tag(sync=True)
 
     def __init__(self, **kwargs):

@@ -12,11 +12,17 @@ import ipywidgets as ipw
 from moe_core.session import BUSY, Session
 from widgets.branches import BranchRow
 from widgets.controls import KnobControl
+from widgets.findings import Findings
+from widgets.groups import Groups
 from widgets.live import Live
 from widgets.notes import Log, NoteBox
 from widgets.page import Page
+from widgets.what_if import WhatIf
+from widgets.write_up import WriteUp
 
 COUNT_EVERY, MOVE_EVERY = 1.0, 2.0  # seconds between two looks at the step and the time left; at the knobs
+
+NONFINITE = "NonFiniteError: "  # how a session says that this was what stopped it
 
 _panels: weakref.WeakValueDictionary[Path, Workbench] = weakref.WeakValueDictionary()
 
@@ -40,6 +46,7 @@ class Workbench(ipw.VBox):
 
     ``session`` is the :class:`~moe_core.session.Session` that its buttons drive; ``run.step()`` in a cell
     drives the same one. Everything is on disk before the panel shows it, so closing the panel loses nothing.
+    Of a run that is attached to (``Run.attach``) it drives the process that trains it, and closing stops nothing.
     """
 
     def __init__(self, run, chunk: int = 100):
@@ -48,20 +55,28 @@ class Workbench(ipw.VBox):
         place = Path(run.path).resolve()
         if (earlier := _panels.get(place)) is not None:
             earlier.close()
-        self.run, self.session = run, Session(run)
+        self.run, self.session = run, run.session if run.attached else Session(run)
         self.journal = Log()
         self.live = Live(run, tick=self._tick, news=self.journal.write_events, report=self._failed)
         self.page = Page()
         self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
+        routed = bool(run.config.model.n_experts)
+        self.what_if = WhatIf(run.preview if routed and not run.attached else None)
         self.branches = BranchRow(run, self.journal, self.live.wake)
+        self.branches.others.observe(lambda seen: self.live.show_others(seen.new), "value")
+        self.write_up = WriteUp(run, self.journal)
+        self.branches.widget.children += (self.write_up.button, self.write_up.says)
         self.notes = NoteBox(run, self.journal, posted=self.live.wake)
-        self._shown, self._last_report = self.session.progress(), ""
+        self.findings, self.groups = Findings(run, self.journal, self.live.wake), Groups()
+        self._shown, self._last_report, self._gone = self.session.progress(), "", False
         self._counted_at = self._moved_at = 0.0
         super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.branches.widget,
-                          self.notes.widget, self._charts(), self.journal.widget])
+                          self.notes.widget, self.findings.widget, self._charts(), self.groups.widget,
+                          self.journal.widget])
         self.add_class("moe-workbench")
         self.page.observe(lambda change: self.live.resize(change.new), "width")
         self.page.observe(lambda change: self.live.expect(), "views")
+        self.page.observe(lambda change: self.live.wake(), "aim")
         self._tick()
         self.live.start()
         _panels[place] = self
@@ -77,7 +92,10 @@ class Workbench(ipw.VBox):
         self.live.wake()
 
     def close(self) -> None:
-        """Stop training at the next step boundary and take the panel off the page. Closing twice is fine."""
+        """Stop what this process trains at the next step boundary, and take the panel off the page.
+
+        Closing twice is fine.
+        """
         self.session.close()
         self.live.close()
         for part in _parts(self):
@@ -100,7 +118,7 @@ class Workbench(ipw.VBox):
                  self.status]
         self.layer = None
         if self.run.config.model.n_experts:
-            layers = [f"layer {i}" for i in range(self.run.config.model.n_layer)]
+            layers = [f"layer {i}" for i in range(self.run.config.model.n_moe_layer)]
             self.layer = ipw.Dropdown(options=["mean of layers", *layers], layout=ipw.Layout(width="136px"),
                                       tooltip="Layer shown in the charts")
             self.layer.observe(lambda seen: self.live.select(seen.new - 1 if seen.new else None), "index")
@@ -116,7 +134,7 @@ class Workbench(ipw.VBox):
         return button
 
     def _knob_table(self) -> ipw.Box:
-        table = ipw.VBox([control.widget for control in self.controls])
+        table = ipw.VBox([*(control.widget for control in self.controls), self.what_if.widget])
         table.add_class("moe-knobs")
         return table
 
@@ -130,27 +148,52 @@ class Workbench(ipw.VBox):
     # ---- the live thread ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        aim = tuple(self.page.aim)  # the row whose slider is held, and where
+        self.what_if.show((self.controls[int(aim[0])].knob.name, aim[1]) if aim else None)
         progress, now = self.session.progress(), time.monotonic()
+        busy = progress.state in BUSY
         # A page that changes is laid out and painted anew, at a cost like a chart's: numbers that only count on
         # wait for each other, what a person waits for does not.
-        new = progress != self._shown if progress.state not in BUSY else progress.state != self._shown.state
+        new = progress != self._shown if not busy else progress.state != self._shown.state
         if new or now - self._counted_at >= COUNT_EVERY:
             self._shown, self._counted_at = progress, now
-            self.pause_button.disabled = progress.state != "training"
+            self._offer(progress)
             _show(self.status, _status_line(progress))
-            if progress.state not in BUSY:
+            if not busy:
                 self.branches.refresh()
         due = new or now - self._moved_at >= MOVE_EVERY
         self._moved_at = now if due else self._moved_at
         for row, control in enumerate(self.controls):
             if due or control.waits:
-                control.refresh(focused=row == self.page.focus)
+                control.refresh(focused=row in (self.page.focus, *aim[:1]))
+        self.findings.look(progress.step, busy)
+        if due:
+            self.groups.refresh(self.run.store, self.findings.branch_id, progress.step)
+
+    def _offer(self, progress) -> None:
+        """Enable what can be done in this state, and put forward what should be."""
+        self.pause_button.disabled = progress.state != "training"
+        self.branches.offer_undo(_nonfinite(progress))
+        self.branches.offer_others(self.live.has_others)
+        gone = progress.state == "gone"
+        if gone != self._gone:
+            self._gone = gone
+            rows = [control.widget for control in self.controls]
+            for part in [self.run_button, self.step_button, self.chunk, *self.branches.widget.children[:-2],
+                         self.notes.button, self.notes.text, *(w for row in rows for w in row.children)]:
+                if hasattr(part, "disabled"):
+                    part.disabled = gone
 
     def _failed(self, error: Exception) -> None:
         said = f"the panel: {type(error).__name__}: {error}"
         if said != self._last_report:  # the thread tries again for as long as the panel is open
             self.journal.write(said, error=True)
         self._last_report = said
+
+
+def _nonfinite(progress) -> bool:
+    """Whether training paused because a step was not finite: the run is whole, and may go on or back."""
+    return progress.state == "paused" and (progress.error or "").startswith(NONFINITE)
 
 
 def _status_line(progress) -> str:
@@ -163,8 +206,15 @@ def _status_line(progress) -> str:
         parts.append(f'<span class="moe-muted">{_duration(progress.seconds_left)} left</span>')
     if progress.tok_s is not None:
         parts.append(f'<span class="moe-muted">{progress.tok_s:,.0f} tokens/s</span>')
-    if progress.error:
+    if _nonfinite(progress):
+        said = html.escape(progress.error.removeprefix(NONFINITE))
+        parts.append(f'<span class="moe-error" role="alert">{said}. <b>Undo chunk</b> goes back to where the chunk '
+                     'began; the knobs can be turned first.</span>')
+    elif progress.error:
         parts.append(f'<span class="moe-error" role="alert">{html.escape(progress.error)}</span>')
+    if progress.state == "gone":
+        parts.append('<span class="moe-error" role="alert">no process trains this run; <code>mc.Run.open</code> goes '
+                     "on with it here</span>")
     bar = (f'<progress max="{max(progress.chunk_total, 1)}" value="{progress.chunk_done}" '
            'aria-label="Steps of this chunk"></progress>')
     return f'<div class="moe-status-line">{"".join(parts)}</div>{bar}'

@@ -35,6 +35,10 @@ def soon(holds, seconds=20):
     return holds()
 
 
+def line(panel, uid):
+    return next(trace for trace in panel.live.figure.data if trace.uid == uid)
+
+
 def same_figure(shown, expected):
     assert [trace.uid for trace in shown.data] == [trace.uid for trace in expected.data]
     for a, b in zip(shown.data, expected.data, strict=True):
@@ -60,7 +64,8 @@ def test_the_live_figure_is_the_one_that_a_report_draws(tiny_run, bench):
     for layer, width in ((None, 1100), (1, 1100), (1, 600)):
         panel.layer.index = 0 if layer is None else layer + 1
         panel.page.width = width
-        expected = panel_figure(run.metrics(per_layer=True), run.experts(), run.events(), layer, width, LIVE_POINTS)
+        expected = panel_figure(run.metrics(per_layer=True), run.experts(), run.events(), layer, width, LIVE_POINTS,
+                                others={}, top_k=1)
         live = panel.live.figure
         assert soon(lambda expected=expected, live=live, width=width: (
             live.layout.width == width and "&lt;all&gt;" in str(live.data[0].text)
@@ -127,7 +132,8 @@ def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
     again = mc.Run.open(run.path)
     try:
         panel = bench(again)
-        same_figure(panel.live.figure, panel_figure(again.metrics(per_layer=True), again.experts(), again.events()))
+        same_figure(panel.live.figure, panel_figure(again.metrics(per_layer=True), again.experts(), again.events(),
+                                                     others={}, top_k=1))
         assert "before the restart" in panel.journal.widget.value
         assert "Gradient clip: held at 0.5 · applied at step 1" in panel.journal.widget.value
         assert "applied at step 1" in panel.controls[-1].says.value
@@ -162,7 +168,7 @@ def test_a_dense_run_has_a_panel_without_experts(tiny_run, bench):
     assert panel.layer is None
     panel.start(3)
     assert panel.session.wait(30)
-    assert soon(lambda: len(panel.live.figure.data[1].x) == 3)
+    assert soon(lambda: len(line(panel, "train-loss").x) == 3)
     assert {trace.uid for trace in panel.live.figure.data if trace.uid.startswith(("expert", "heat"))} == set()
 
 
