@@ -2,9 +2,9 @@
 
 Letters: B batch_size, S block_size.
 
-The cache is ``$XDG_CACHE_HOME/moe-workbench`` (``~/.cache`` without it)::
+The cache (see ``cache.py``) holds::
 
-    <key>/train.bin val.bin    token ids, uint16 (uint32 above 65,536), END_OF_TEXT after each document
+    <key>/train.bin val.bin    token ids, uint16 (uint32 above 65,536), an end-of-text id after each document
     <key>/tokenizer.json meta.json
     stamps/<stamp>             the key that these files and settings came to the last time
 
@@ -20,7 +20,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 
 from moe_core.config import DataConfig
+from moe_core.data.cache import cache_root, key_of, unwritable, write_whole
 from moe_core.data.corpus import (
     EMBEDDED,
     DataError,
@@ -40,6 +40,7 @@ from moe_core.data.corpus import (
     pieces,
     source_files,
 )
+from moe_core.data.pretrained import Pretrained
 from moe_core.data.tokenizer import END_OF_TEXT, MIN_VOCAB, encode, train_tokenizer
 
 FORMAT = 1  # of the cache: raise it when the same text and settings would give other tokens
@@ -53,6 +54,7 @@ class TokenData:
     """The tokens of a corpus: ``train`` and ``val`` are 1-D, mapped from the cache, read as they are used.
 
     ``key`` names exactly these tokens. ``vocab_size`` is what the tokenizer came to: at most what was asked.
+    ``end_of_text`` is the id after each document.
     """
 
     train: np.ndarray
@@ -60,40 +62,44 @@ class TokenData:
     tokenizer_path: Path
     key: str
     vocab_size: int
+    end_of_text: int
 
 
-def load_tokens(data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> TokenData:
+def load_tokens(data: DataConfig, vocab_size: int, say: Callable[[str], None] = print,
+                pretrained: Pretrained | None = None) -> TokenData:
     """The corpus as tokens: from the cache, or prepared now, which ``say`` is told about.
 
-    Two processes may prepare the same corpus at once. Raises DataError.
+    The tokenizer is ``pretrained``, or trained here to ``vocab_size``. Two processes may prepare the same corpus
+    at once. Raises DataError.
     """
-    if vocab_size < MIN_VOCAB:
+    if pretrained is None and vocab_size < MIN_VOCAB:
         raise DataError(f"vocab_size = {vocab_size}: must be at least {MIN_VOCAB}: bytes, and {END_OF_TEXT}")
     files = source_files(data)
     # Taken before anything is read: a file that changes meanwhile has another stamp the next time.
     stats = [_stat(data, file) for file in files]
     size = sum(stat[1] for stat in stats)
-    settings = [FORMAT, data.val_fraction, vocab_size, importlib.metadata.version("tokenizers")]
-    root = _cache_root()
-    stamp = root / "stamps" / _hash(settings, data.text_key, stats)
+    settings = [FORMAT, data.val_fraction, pretrained.digest if pretrained else vocab_size,
+                importlib.metadata.version("tokenizers")]
+    root = cache_root()
+    stamp = root / "stamps" / key_of(settings, data.text_key, stats)
     if stamp.is_file() and (found := _open(root / stamp.read_text())):
         return found
 
     what = "the Python standard library's sources" if data.dataset_name == EMBEDDED else data.dataset_name
+    vocabulary = "" if pretrained else f"a tokenizer of {vocab_size:,}, then "
     say(f"Preparing {what} once ({len(files):,} file{'s' * (len(files) > 1)}, {size / 1e6:,.1f} MB): "
-        f"a tokenizer of {vocab_size:,}, then tokens")
+        f"{vocabulary}tokens")
     started = time.perf_counter()
-    share = min(1.0, TOKENIZER_CHARS / max(size, 1))
+    share = 0.0 if pretrained else min(1.0, TOKENIZER_CHARS / max(size, 1))
     survey = _survey(lambda: documents(data), data, share)
     if survey.cut:
         say(f"Too few documents to split: cut into {survey.documents:,} of about {PIECE_CHARS:,} characters")
-    key = _hash(settings, share, survey.digest)
+    key = key_of(settings, share, survey.digest)
     try:
-        found = _open(root / key) or _prepare(root, key, survey, data, vocab_size)
-        _write(stamp, key)
+        found = _open(root / key) or _prepare(root, key, survey, data, vocab_size, pretrained)
+        write_whole(stamp, lambda file: file.write(key.encode()))
     except OSError as error:
-        raise DataError(f"cache folder = {str(root)!r}: must be writable and have space "
-                        f"({error.strerror or error}); XDG_CACHE_HOME names another place") from error
+        raise unwritable(error) from error
     say(f"{len(found.train):,} training and {len(found.val):,} validation tokens in "
         f"{time.perf_counter() - started:.1f} s, kept in {root / key}")
     return found
@@ -131,21 +137,25 @@ def _survey(texts: Callable[[], Iterable[str]], data: DataConfig, share: float, 
                     f"val_fraction = {data.val_fraction}; give more text or another val_fraction")
 
 
-def _prepare(root: Path, key: str, survey: _Survey, data: DataConfig, vocab_size: int) -> TokenData:
+def _prepare(root: Path, key: str, survey: _Survey, data: DataConfig, vocab_size: int,
+             pretrained: Pretrained | None) -> TokenData:
     """Writes the folder of ``key`` under a temporary name and renames it: it is there whole or not at all."""
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".partial-") as partial:
         folder = Path(partial, "tokens")
         folder.mkdir()
-        tokenizer = train_tokenizer(survey.sample, vocab_size)
+        if pretrained:
+            tokenizer, size, end = pretrained.backend, pretrained.vocab_size, pretrained.end_of_text
+        else:
+            tokenizer = train_tokenizer(survey.sample, vocab_size)
+            size, end = tokenizer.get_vocab_size(), tokenizer.token_to_id(END_OF_TEXT)
         tokenizer.save(str(folder / "tokenizer.json"))
-        size = tokenizer.get_vocab_size()
         dtype = np.dtype(np.uint16 if size <= 1 << 16 else np.uint32)
-        n_train, n_val, digest = _write_tokens(folder, survey.texts(), data.val_fraction, tokenizer, dtype)
+        n_train, n_val, digest = _write_tokens(folder, survey.texts(), data.val_fraction, tokenizer, end, dtype)
         if digest != survey.digest:
             raise DataError(f"dataset_name = {data.dataset_name!r}: must not change while it is read")
         (folder / "meta.json").write_text(json.dumps({
-            "vocab_size": size, "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val,
+            "vocab_size": size, "end_of_text": end, "dtype": dtype.name, "train_tokens": n_train, "val_tokens": n_val,
             "documents": survey.documents, "val_documents": survey.val_documents}))
         try:
             folder.rename(root / key)
@@ -156,9 +166,9 @@ def _prepare(root: Path, key: str, survey: _Survey, data: DataConfig, vocab_size
     return _open(root / key)
 
 
-def _write_tokens(folder: Path, texts: Iterable[str], val_fraction: float, tokenizer, dtype):
+def _write_tokens(folder: Path, texts: Iterable[str], val_fraction: float, tokenizer, end: int, dtype):
     """Both token files; returns their lengths in tokens and the digest of the documents written."""
-    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype)
+    mark = np.array([end], dtype)
     digest, counts = hashlib.blake2b(digest_size=16), [0, 0]
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for chunk in _chunks(texts):
@@ -167,7 +177,7 @@ def _write_tokens(folder: Path, texts: Iterable[str], val_fraction: float, token
             for text, parts in zip(chunk, whole, strict=True):
                 digest.update(fingerprint(text))
                 side = is_validation(text, val_fraction)
-                for run in [*(next(ids) for _ in parts), end]:
+                for run in [*(next(ids) for _ in parts), mark]:
                     (val if side else train).write(run.tobytes())
                     counts[side] += len(run)
     return *counts, digest.hexdigest()
@@ -194,23 +204,10 @@ def _open(folder: Path) -> TokenData | None:
     except (OSError, ValueError, KeyError):
         return None
     path = folder / "tokenizer.json"
-    return TokenData(*sides, path, folder.name, meta["vocab_size"]) if whole and path.is_file() else None
-
-
-def _cache_root() -> Path:
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (chosen if chosen.is_absolute() else Path.home() / ".cache") / "moe-workbench"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-def _hash(*parts) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+    if not whole or not path.is_file():
+        return None
+    # A cache from before there were other tokenizers than the own, whose mark is 0, does not say it.
+    return TokenData(*sides, path, folder.name, meta["vocab_size"], meta.get("end_of_text", 0))
 
 
 def _stat(data: DataConfig, file: Path) -> tuple[str, int, int]:
@@ -238,6 +235,7 @@ class Batches:
             raise DataError(f"batch_size = {batch_size}: must be at most {len(self._windows):,}, the windows "
                             f"of block_size + 1 = {block_size + 1} in {len(tokens):,} training tokens")
         self._batch_size, self._seed, self._pin = batch_size, seed, pin
+        self._epoch = -1
         self._seek(0, 0)
 
     def __len__(self) -> int:
@@ -270,8 +268,9 @@ class Batches:
         self._seek(epoch, index)
 
     def _seek(self, epoch: int, index: int) -> None:
+        if epoch != self._epoch:  # the order of a long epoch takes a second to draw
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._windows))
         self._epoch, self._index = epoch, index
-        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._windows))
 
 
 def validation_batches(tokens: np.ndarray, block_size: int, batch_size: int, n: int) -> list[torch.Tensor]:

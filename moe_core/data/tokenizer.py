@@ -32,4 +32,5 @@ def train_tokenizer(train_docs: Iterable[str], vocab_size: int):
 
 def encode(tokenizer, texts: list[str], dtype=np.uint16) -> list[np.ndarray]:
     """One array of token ids for each text, without END_OF_TEXT; the texts are shared out over the cores."""
-    return [np.array(encoding.ids, dtype=dtype) for encoding in tokenizer.encode_batch_fast(texts)]
+    return [np.fromiter(ids := encoding.ids, dtype, len(ids))
+            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
