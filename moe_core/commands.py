@@ -168,9 +168,9 @@ def _implied(given: dict[str, Any], base: RunConfig, dialect: Dialect | None) ->
 
 def spell(config: RunConfig) -> str:
     """The ``moe train`` line that makes this config: the preset that it differs least from, then the differences."""
-    flat = _flat(config)
-    changes = {name: {field: value for field, value in flat.items() if value != theirs[field]}
-               for name, theirs in ((name, _flat(preset(name))) for name in PRESETS)
+    now = flat(config)
+    changes = {name: {field: value for field, value in now.items() if value != theirs[field]}
+               for name, theirs in ((name, flat(preset(name))) for name in PRESETS)
                if bool(theirs["n_experts"]) == bool(config.model.n_experts)}
     name = min(changes, key=lambda known: len(changes[known]))
     if config.opt_list:
@@ -186,8 +186,9 @@ def _spelled(field: str, value: Any) -> str:
     return f"--{field} {'none' if value is None else shlex.quote(str(value))}"
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
-    flat = {}
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every field by its own name."""
+    fields = {}
     for key, value in config.to_dict().items():
-        flat |= value if isinstance(value, dict) else {key: value}
-    return flat
+        fields |= value if isinstance(value, dict) else {key: value}
+    return fields

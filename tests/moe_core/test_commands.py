@@ -213,7 +213,7 @@ def test_what_one_flag_implies_the_others_follow():
     ("train_experimental.py --qk_norm maybe", "--qk_norm: takes no value; 'maybe' was not expected after it"),
     ("train_experimental.py --no-n_layer", "--no-n_layer: there is no such flag; --n_layer takes a value"),
     ("train_dense_gpu.py --amp fp16", "--amp = 'fp16': must be one of bf16, bfloat16, fp32"),
-    ("train_dense_gpu.py --opt-list adam", "--opt-list: opt_list = 'adam'"),
+    ("train_dense_gpu.py --opt-list adam", "opt_list = 'adam': 'adam' must be one of adamw"),
     ("python other.py --foo 1", "other.py: must be one of train_experimental.py, train_dense_gpu.py"),
     ("please train", "please: was not expected here"),
     ('train_experimental.py --wandb_run_name "x', "command = 'train_experimental.py --wandb_run_name \"x': must have")])

@@ -1,0 +1,116 @@
+"""What headless training shows: the users' familiar lines on stdout, and one progress bar on a terminal.
+
+The lines are made of rows that are on disk already. Those of a MoE model::
+
+    Model params: 202,952,528 (202.95M)
+    iter    400 | loss 5.8884 | lr 3.208e-04 | 33016 tok/s | r_max 0.19 act_min 8 col 0
+    eval | val_loss 5.9093
+
+and those of a dense one::
+
+    [muon_sophia ] step 1200/6000  loss 5.6797  avg 1186.83 ms/it    55219 tok/s  gnorm 0.39/1
+    [muon_sophia ]   (val) loss 9.0075  ppl 8164.1
+
+``loss`` is ``train/loss`` of that step, ``val_loss`` cross-entropy alone; tok/s and ms/it are of the steps since the
+line before. An eval line belongs to the line above it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from moe_core.config import RunConfig
+from moe_core.model import count_params
+from moe_core.store import MAIN, RunStore
+
+
+def params_line(config: RunConfig) -> str:
+    n = count_params(config.model)
+    return f"Model params: {n:,} ({n / 1e6:.2f}M)"
+
+
+def step_line(config: RunConfig, step: int, row: Mapping[str, float], tok_s: float, total: int) -> str:
+    """A step's line. ``row``: its metrics; ``tok_s``: tokens a second to show; ``total``: the last step planned."""
+    if not config.model.n_experts:
+        return (f"[{config.optim.optimizer:<12}] step {step:>4}/{total}  loss {row['train/loss']:.4f}  "
+                f"avg {1000 * config.tokens_per_step / tok_s:.2f} ms/it {tok_s:8.0f} tok/s  "
+                f"gnorm {row['grad/norm']:.2f}/{row['grad/clip']:g}")
+    return (f"iter {step:6d} | loss {row['train/loss']:.4f} | lr {row['lr']:.3e} | {tok_s:.0f} tok/s | "
+            f"r_max {row['router/max_frac_max']:.2f} act_min {row['router/active_min']:.0f} "
+            f"col {row['router/collapsed']:.0f}")
+
+
+def eval_line(config: RunConfig, row: Mapping[str, float]) -> str:
+    """The line of a step's validation."""
+    if not config.model.n_experts:
+        return f"[{config.optim.optimizer:<12}]   (val) loss {row['val/loss']:.4f}  ppl {row['val/ppl']:.1f}"
+    return f"eval | val_loss {row['val/loss']:.4f}"
+
+
+class Console:
+    """Shows a run while it trains, from its store; :meth:`look` every now and then, from one thread."""
+
+    def __init__(self, store: RunStore, config: RunConfig, step: int, total: int):
+        """``step``: what the run has done; ``total``: the step that it is trained to."""
+        self._store, self._config, self._total = store, config, total
+        self._step, self._name, self._branch = step, None, MAIN
+        self._shown = time.time()  # the newest row that was shown; those before this are not shown again
+        self._since: list[float] = []  # tokens a second of each step since the last line
+        self._bar = _bar(step, total)
+
+    def start(self) -> None:
+        self._print(params_line(self._config))
+
+    def look(self, branch: str) -> None:
+        """Show what was written since the last look. ``branch``: the run's current one."""
+        if branch != self._name:
+            if self._name is not None:
+                print(f"now on branch {branch!r}", file=sys.stderr)
+                self._step, self._since = 0, []
+            self._name = branch
+            self._branch = next(b.id for b in self._store.branches() if b.name == branch)
+        rows = self._store.read_steps(self._branch, self._step, shares=False)
+        for step, when, values in zip(rows.steps.tolist(), rows.time.tolist(), rows.values.astype(float), strict=True):
+            self._step = step
+            if when > self._shown:
+                self._shown = when
+                self._show(step, dict(zip(rows.names, values.tolist(), strict=True)))
+        if self._bar is not None and self._bar.n != self._step:
+            self._bar.n = self._step
+            self._bar.refresh()
+
+    def _show(self, step: int, row: Mapping[str, float]) -> None:
+        self._since.append(row["perf/tok_s"])
+        validated = not math.isnan(row.get("val/loss", math.nan))
+        if validated or step % self._config.log_interval == 0 or step == self._total:
+            tok_s = 1 / np.mean(1 / np.array(self._since))  # each step has as many tokens
+            self._print(step_line(self._config, step, row, tok_s, self._total))
+            self._since = []
+        if validated:
+            self._print(eval_line(self._config, row))
+
+    def _print(self, line: str) -> None:
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stdout)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(step: int, total: int):
+    """A bar over all steps on stderr, where that is a terminal and tqdm is installed; else None."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(initial=step, total=total, unit="step", file=sys.stderr, dynamic_ncols=True, leave=False)

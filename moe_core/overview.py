@@ -1,0 +1,114 @@
+"""Runs as text: a folder of them in a table, one of them in full. Read from their stores, whoever is writing them."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_core import commands, store_access
+from moe_core.attach import Attached
+from moe_core.store import MAIN, RunStore, StoreError
+
+DEPTH = 4  # folders below the one that is listed in which runs are looked for
+EVENTS = 12  # newest, that `moe show` prints
+SHOWN = ("train/loss", "train/ce", "val/loss", "lr", "grad/norm", "perf/tok_s", "router/max_frac_max",
+         "router/max_frac_mean", "router/active_min", "router/entropy_mean", "router/top1_p_mean",
+         "router/drop_frac_mean", "router/collapsed")
+
+
+def runs_in(folder: Path) -> Iterator[Path]:
+    """The runs in a folder and below it, by name; a run's own folders are not searched. Raises StoreError."""
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: there is no such directory")
+    for path, names, files in os.walk(folder):
+        if store_access.FILE in files:
+            names.clear()
+            yield Path(path)
+        if len(Path(path).relative_to(folder).parts) >= DEPTH:
+            names.clear()
+        names[:] = sorted(name for name in names if not name.startswith("."))
+
+
+def table(folder: Path) -> list[str]:
+    """A line for each run: path, step, last train/ce, last val/loss, state, branches."""
+    rows = [("run", "step", "train/ce", "val/loss", "state", "branches")]
+    for path in runs_in(folder):
+        try:
+            with RunStore.open(path) as store:
+                rows.append((str(path), *_row(store)))
+        except StoreError as error:
+            rows.append((str(path), "", "", "", str(error).removeprefix(f"{path}: "), ""))
+    if len(rows) == 1:
+        return [f"{folder}: no runs here"]
+    width = [max(len(row[column]) for row in rows) for column in range(5)]
+    return ["  ".join([row[0].ljust(width[0]), *(row[i].rjust(width[i]) for i in (1, 2, 3)), row[4].ljust(width[4]),
+                       row[5]]).rstrip() for row in rows]
+
+
+def _row(store: RunStore) -> tuple[str, ...]:
+    branch = store.get_meta("branch", MAIN)
+    last, config = store.last_step(branch), store.config
+    rows = store.read_steps(branch, max(0, last - config.get("eval_interval", 0) - 1), shares=False)
+    return (f"{last}/{config['optim']['max_iters']}", _newest(rows, "train/ce"), _newest(rows, "val/loss"),
+            state(store), str(len(store.branches())))
+
+
+def _newest(rows, name: str) -> str:
+    values = [value for value in rows.column(name).tolist() if not math.isnan(value)]
+    return f"{values[-1]:.5g}" if values else "-"
+
+
+def state(store: RunStore) -> str:
+    """What the process that has the run open does with it; "closed" where none has."""
+    if store_access.writer(Path(store.path)) is None:
+        return "closed"
+    return (store.get_meta("progress") or {}).get("state", "open")
+
+
+def describe(run: Attached) -> Iterator[str]:
+    """All that ``moe show`` prints of a run, line by line."""
+    store, config = run.store, run.config
+    branch = next(b for b in store.branches() if b.name == run.branch)
+    step = run.current_step
+    yield f"{run.path}: step {step} of {config.optim.max_iters} on branch {run.branch!r}, {state(store)}"
+    if parent := store.get_meta("parent"):
+        yield f"forked from {parent['path']} at step {parent['step']}"
+    yield f"command: {commands.spell(config)}"
+    rows = store.read_steps(branch.id, max(0, step - config.eval_interval - 1), shares=False)
+    if len(rows):
+        yield "metrics, the newest:"
+        yield from (f"  {name:<24}{_newest(rows, name)}" for name in SHOWN if name in rows.names)
+    yield "knobs:"
+    yield from (f"  {knob!r}" for knob in run.knobs.values())
+    yield "branches:"
+    names = {b.id: b.name for b in store.branches()}
+    for b in store.branches():
+        origin = "" if b.parent is None else f", from {names[b.parent]!r} at step {b.fork_step}"
+        yield f"  {b.name}: step {store.last_step(b.id)}{origin}{' (current)' if b.id == branch.id else ''}"
+    yield "checkpoints:"
+    for c in store.checkpoints():
+        yield f"  {names[c.branch]} step {c.step}{'' if c.name is None else f', {c.name!r}'}: {c.path}"
+    yield from _health(run)
+    yield f"events, the newest {EVENTS}:"
+    for event in store.read_events(branch.id)[-EVENTS:]:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["applied"]))
+        said = ", ".join(f"{key} {value}" for key, value in event["payload"].items() if key != "traceback")
+        yield f"  {when}  step {event['step']:>6}  {event['kind']}: {_plain(said)}"
+
+
+def _plain(text: str) -> str:
+    """On one line, and without what would steer a terminal."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+
+
+def _health(run: Attached) -> Iterator[str]:
+    try:
+        findings = run.health()
+    except ImportError as error:
+        yield f"health: needs {error.name}, which is not installed"
+        return
+    yield "health:" if findings else "health: nothing to say"
+    yield from (f"  {finding}" for finding in findings)
