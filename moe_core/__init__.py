@@ -20,10 +20,10 @@ from moe_core.presets import preset
 from moe_core.run import Run, free_path
 from moe_core.session import Command, Progress, Session
 from moe_core.store import RunStore, StoreError
-from moe_core.trainer import NonFiniteError, StepRecord, Trainer
+from moe_core.trainer import MemoryLimitError, NonFiniteError, StepRecord, Trainer
 
 __all__ = [
-    "Command", "ConfigError", "DataConfig", "DataError", "KnobError", "ModelConfig", "NonFiniteError",
-    "OptimConfig", "Progress", "RouterConfig", "Run", "RunConfig", "RunStore", "Session", "StepRecord",
-    "StoreError", "Trainer", "free_path", "preset",
+    "Command", "ConfigError", "DataConfig", "DataError", "KnobError", "MemoryLimitError",
+    "ModelConfig", "NonFiniteError", "OptimConfig", "Progress", "RouterConfig", "Run", "RunConfig",
+    "RunStore", "Session", "StepRecord", "StoreError", "Trainer", "free_path", "preset",
 ]

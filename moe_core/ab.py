@@ -27,7 +27,7 @@ class AB:
 
         a, b = (self.run.metrics(branch, since=self.start).iloc[: self.steps]
                 for branch in (self.branch_a, self.branch_b))
-        difference = (b - a).drop(columns=["perf/tok_s"], errors="ignore").dropna(axis=1, how="all")
+        difference = (b - a).drop(columns=["perf/tok_s", "perf/data_wait"], errors="ignore").dropna(axis=1, how="all")
         moved = [name for name in difference if (difference[name].fillna(0) != 0).any()]
         frame = pd.DataFrame({"A": a[moved].mean(), "B": b[moved].mean(), "difference": difference[moved].mean(),
                               "spread": difference[moved].std()})

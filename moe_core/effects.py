@@ -87,7 +87,8 @@ def between(store: RunStore, a: int, b: int, start: int, last: int) -> pd.DataFr
     steps = np.intersect1d(*(line.steps[line.steps <= last] for line in lines))
     of_a, of_b = (_series(line.names, line.values) for line in lines)
     at = [np.isin(line.steps, steps) for line in lines]
-    pairs = {name: (of_a[name][at[0]], of_b[name][at[1]]) for name in of_a if name in of_b and name != "perf/tok_s"}
+    pairs = {name: (of_a[name][at[0]], of_b[name][at[1]]) for name in of_a
+             if name in of_b and not name.startswith("perf/")}
     moved = {name: y - x for name, (x, y) in pairs.items() if not np.array_equal(x, y, equal_nan=True)}
 
     def design(kept_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -173,6 +173,10 @@ class History:
         """:func:`turns` of the run's store."""
         return turns(self.store, branch)
 
+    def refused(self, branch: int) -> list[int]:
+        """The step of every attempt that was not finite and that the branch shows."""
+        return [e["step"] for e in self.store.read_events(branch) if e["kind"] == "nonfinite"]
+
     def retrace(self, line: int, trainer: Trainer, upto: int) -> str:
         """Take the steps of a line up to ``upto`` again, each with the knobs it had.
 
@@ -197,14 +201,15 @@ class History:
             before = dict(zip(rows.names, rows.values[record.step - 1].tolist(), strict=True))
             for name, value in record.metrics.items():
                 difference = abs(float(np.float32(value)) - before.get(name, math.nan))
-                if name != "perf/tok_s" and difference >= worst.get(name, (0.0, 0))[0]:
+                if not name.startswith("perf/") and difference >= worst.get(name, (0.0, 0))[0]:
                     worst[name] = difference, record.step
         return pd.DataFrame.from_dict(worst, orient="index", columns=["largest", "step"]).rename_axis("metric")
 
     def _again(self, line: int, trainer: Trainer, upto: int, validate: bool) -> Iterator[StepRecord]:
-        turns = self.turns(line)
+        turns, refused = self.turns(line), self.refused(line)
         while trainer.steps_done < upto:
             number = trainer.steps_done + 1
+            trainer.skipped = sum(step <= number for step in refused)  # attempts, which are not made again
             trainer.knobs.replay((step, turn) for step, turn in turns if step <= number)
             yield trainer.step(validate)
         trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)

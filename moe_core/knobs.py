@@ -38,6 +38,7 @@ KNOBS = {spec.name: spec for spec in (
     KnobSpec("router_temp", 0.01, 100.0, (0.1, 4.0), "router/temp", True),
     KnobSpec("router_noise_std", 0.0, 100.0, (0.0, 2.0), "router/noise_std", True),
     KnobSpec("load_balance_alpha", 0.0, 100.0, (0.0, 0.5), "router/load_balance_alpha", True),
+    KnobSpec("bias_update_speed", 0.0, 10.0, (0.0, 0.01), "router/bias_update_speed", True),
     KnobSpec("router_z_loss_coef", 0.0, 10.0, (0.0, 0.02), "router/z_loss_coef", True),
     KnobSpec("capacity_factor", 0.01, 1000.0, (0.25, 4.0), "router/capacity_factor", True),
     KnobSpec("lr_scale", 0.0, 100.0, (0.0, 3.0), "lr_scale", False),
@@ -112,9 +113,12 @@ class Knobs(dict[str, Knob]):
             schedules = {
                 "router_temp": _linear(r.router_temp_init, r.router_temp_final, r.router_temp_anneal_iters),
                 "router_noise_std": _linear(r.router_noise_std_init, 0.0, r.router_noise_decay_iters),
-                "load_balance_alpha": _constant(r.load_balance_alpha),
-                "router_z_loss_coef": _constant(r.router_z_loss_coef),
             }
+            if r.uses_aux_loss:
+                schedules["load_balance_alpha"] = _constant(r.load_balance_alpha)
+            if r.uses_bias:
+                schedules["bias_update_speed"] = _constant(r.bias_update_speed)
+            schedules["router_z_loss_coef"] = _constant(r.router_z_loss_coef)
             if not r.dropless:
                 schedules["capacity_factor"] = _constant(r.capacity_factor)
         schedules["lr_scale"] = _constant(1.0)

@@ -29,6 +29,12 @@ def pack(out: Output) -> Tensor:
     return torch.cat([part.float().reshape(-1) for part in parts])
 
 
+def packed_demand(packed: Tensor, n_layer: int, n_experts: int) -> Tensor:
+    """The assignments that asked for each expert, [L, E], in what :func:`pack` made; a view."""
+    start, size = 1 + 4 * n_layer, n_layer * n_experts
+    return packed[start : start + size].view(n_layer, n_experts)
+
+
 @dataclass(frozen=True)
 class Reading:
     """A packed vector, unpacked: means over the step's micro-batches; assignment counts as shares."""
@@ -39,29 +45,36 @@ class Reading:
     top1_p_L: np.ndarray
     entropy_L: np.ndarray
     shares: np.ndarray  # float32 [2, L, E]: demand, served; L = E = 0 when dense
+    bias_LE: np.ndarray | None  # what the step was routed with; None where there is none
 
     @classmethod
     def unpack(cls, vector: np.ndarray, n_layer: int, n_experts: int) -> Reading:
-        """``vector`` is the mean of :func:`pack` over micro-batches of equal size."""
+        """``vector``: the mean of :func:`pack` over micro-batches of equal size, and behind it the balance bias."""
         if not n_experts:
             nothing = np.zeros(0, np.float32)
-            return cls(float(vector[0]), nothing, nothing, nothing, nothing, np.zeros((2, 0, 0), np.float32))
+            return cls(float(vector[0]), *[nothing] * 4, np.zeros((2, 0, 0), np.float32), None)
+        end = 1 + 4 * n_layer + 2 * n_layer * n_experts
         per_layer = vector[1 : 1 + 4 * n_layer].reshape(4, n_layer)
-        counts = vector[1 + 4 * n_layer :].reshape(2, n_layer, n_experts)
+        counts = vector[1 + 4 * n_layer : end].reshape(2, n_layer, n_experts)
         asked = counts[0].sum(-1, keepdims=True)  # every assignment asks for exactly one expert
-        return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32))
+        bias_LE = vector[end:].reshape(n_layer, n_experts) if len(vector) > end else None
+        return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE)
 
 
 def router_metrics(reading: Reading, alpha: float) -> dict[str, float]:
     """The router's metrics of one step: means over layers, then every layer by itself.
 
-    A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it.
+    A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it. ``alpha`` is 0
+    where no balance loss is minimised; ``router/balance_mean``, 1 when balanced, E when collapsed, is that
+    loss itself, minimised or not. ``router/bias_e{i}/layer_{l}`` has no mean: what is added to all of a
+    layer's experts moves nothing.
     """
     demand_LE, served_LE = reading.shares
     top_L = demand_LE.max(-1)
     active_L = (demand_LE > 0).sum(-1)
     per_layer = {
         "router/aux_mean": alpha * reading.balance_L,
+        "router/balance_mean": reading.balance_L,
         "router/z_mean": reading.z_L,
         "router/max_frac_mean": top_L,
         "router/active_mean": active_L,
@@ -79,4 +92,7 @@ def router_metrics(reading: Reading, alpha: float) -> dict[str, float]:
         out |= {f"router/frac_{key}_e{i}": float(share) for i, share in enumerate(share_E)}
     for name, values in per_layer.items():
         out |= {f"{name}/layer_{layer}": float(value) for layer, value in enumerate(values)}
+    if reading.bias_LE is not None:
+        out["router/bias_max"] = float(np.abs(reading.bias_LE).max())
+        out |= {f"router/bias_e{i}/layer_{layer}": float(b) for (layer, i), b in np.ndenumerate(reading.bias_LE)}
     return out

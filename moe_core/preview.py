@@ -105,25 +105,28 @@ def _route_again(routed: Routed, settings: list[dict[str, float]], config: RunCo
     own = torch.Generator(device)  # never the run's
     own.set_state(routed.noise)
     noise_LTE = draw_noise(router.router_noise_type, (len(logits), *logits[0].shape), own, device)
-    return torch.stack([_packed(logits, noise_LTE, values, config, device) for values in settings]).cpu().numpy()
+    return torch.stack([_packed(routed, noise_LTE, values, config, device) for values in settings]).cpu().numpy()
 
 
-def _packed(logits: tuple[Tensor, ...], noise_LTE: Tensor, values: Mapping[str, float], config: RunConfig,
+def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], config: RunConfig,
             device: torch.device) -> Tensor:
-    router = config.router
+    router, bias_LE = config.router, routed.bias_LE
     controls = RouterControls.constant(values["router_temp"], values["router_noise_std"],
                                        values.get("capacity_factor", router.capacity_factor), device)
-    routings = [route(logits_TE, controls, noise_TE, top_k=router.top_k, norm_topk_prob=router.norm_topk_prob,
-                      dropless=router.dropless) for logits_TE, noise_TE in zip(logits, noise_LTE, strict=True)]
-    return pack(Output(losses={"ce": torch.zeros((), device=device)},
-                       balance_L=torch.stack([r.balance_loss for r in routings]),
-                       z_L=torch.stack([r.z_loss for r in routings]),
-                       stats=RouterStats.stack([r.stats for r in routings]), router_logits=None, logits_BSV=None))
+    biases = [None] * len(noise_LTE) if bias_LE is None else bias_LE
+    routings = [route(logits_TE, controls, noise_TE, bias_E, top_k=router.top_k,
+                      norm_topk_prob=router.norm_topk_prob, dropless=router.dropless)
+                for logits_TE, noise_TE, bias_E in zip(routed.router_logits, noise_LTE, biases, strict=True)]
+    packed = pack(Output(losses={"ce": torch.zeros((), device=device)},
+                         balance_L=torch.stack([r.balance_loss for r in routings]),
+                         z_L=torch.stack([r.z_loss for r in routings]),
+                         stats=RouterStats.stack([r.stats for r in routings]), router_logits=None, logits_BSV=None))
+    return packed if bias_LE is None else torch.cat([packed, bias_LE.flatten()])
 
 
 def _read(vector: np.ndarray, values: Mapping[str, float], config: RunConfig) -> tuple[dict[str, float], np.ndarray]:
-    reading = Reading.unpack(vector, config.model.n_layer, config.model.n_experts)
-    return router_metrics(reading, values["load_balance_alpha"]), reading.shares
+    reading = Reading.unpack(vector, config.model.n_moe_layer, config.model.n_experts)
+    return router_metrics(reading, values.get("load_balance_alpha", 0.0)), reading.shares
 
 
 def _differs(a: float, b: float) -> bool:
@@ -138,9 +141,10 @@ def _unknown(now: Mapping[str, float], then: Mapping[str, float], config: RunCon
     if "load_balance_alpha" in turned:
         said[said.index(next(s for s in said if s.startswith("load_balance_alpha")))] += (
             "; router/aux_mean is the same balance loss at the new coefficient")
-    if "router_temp" in turned and then["router_noise_std"] == now["router_noise_std"] == 0:
+    quiet = then["router_noise_std"] == now["router_noise_std"] == 0 and not config.router.uses_bias
+    if "router_temp" in turned and quiet:
         said.append("without noise the temperature changes the weights, never the choice of experts")
-    if config.model.n_layer > 1 and any(name in ROUTES for name in turned):
+    if config.model.n_moe_layer > 1 and any(name in ROUTES for name in turned):
         said.append("each layer is shown on the inputs that it had: what another choice in one layer would change "
                     "in the inputs of the next is not known")
     if config.optim.gradient_accumulation_steps > 1:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moe_core.trainer import NonFiniteError
+from moe_core.trainer import MemoryLimitError, NonFiniteError
 
 BUSY = ("training", "pausing", "moving")  # moving: to another step or branch
 _alive: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -169,8 +169,8 @@ class Session:
                 self._run.record_error(error)
             except Exception as second:
                 error.add_note(f"and it could not be written to the run's events: {second}")
-            # A run that turned non-finite is whole: the bad step was not applied, and it can go on.
-            self._rest("paused" if isinstance(error, NonFiniteError) else "failed", error)
+            # A step that is not finite or does not fit is not applied: the run is whole, and can go on.
+            self._rest("paused" if isinstance(error, NonFiniteError | MemoryLimitError) else "failed", error)
 
     def _train(self) -> None:
         self._run.begin_chunk()

@@ -31,6 +31,7 @@ class Timeline:
         """Make ready to train, and remember where the chunk starts. For the session's thread."""
         if self._trainer is None:
             self.resume()
+        self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
         self.history.snapshot(self._branch.id, self._trainer)
 
     def advance(self) -> StepRecord:
@@ -38,9 +39,16 @@ class Timeline:
         started = time.perf_counter()
         # Kept until its row is on disk: where a full disk refuses the row, the step is applied already, and the
         # next call writes it before anything else happens.
-        record = self._unwritten = self._unwritten or self._trainer.step()
+        try:
+            record = self._unwritten = self._unwritten or self._trainer.step()
+        except BaseException:
+            if not self._trainer.whole:
+                self._trainer = None  # the next chunk goes on from the newest saved state
+            raise
         self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
         self._unwritten, self._step = None, record.step
+        for text in record.alerts:
+            self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
         every, val = self.config.save_interval, record.metrics.get("val/loss", math.nan)
         self._unsaved_s += time.perf_counter() - started
         if self.history.is_best(self._branch.id, record.step, val) or (every and record.step % every == 0):

@@ -7,20 +7,32 @@ step whose loss or gradient is not finite is never applied.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_core.compiled import compiled, is_compilers
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import Batches
+from moe_core.faults import (
+    MemoryLimitError,
+    NonFiniteError,
+    first_in_backward,
+    first_in_forward,
+    memory_limit,
+    nonfinite_term,
+)
 from moe_core.knobs import Knobs
-from moe_core.metrics import Reading, pack, router_metrics
-from moe_core.model import RouterControls, Transformer
+from moe_core.metrics import Reading, pack, packed_demand, router_metrics
+from moe_core.model import Output, RouterControls, Transformer
+from moe_core.model.balance import follow_load
 from moe_core.optim import (
     build_optimizer,
     hessian_due,
@@ -32,9 +44,9 @@ from moe_core.optim import (
     update_sizes,
 )
 
+__all__ = ["MemoryLimitError", "NonFiniteError", "Routed", "StepRecord", "Trainer", "resolve_device"]
 
-class NonFiniteError(ArithmeticError):
-    """A loss term or the gradient of a step is not finite. The step was not applied."""
+Got = TypeVar("Got")
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Routed:
     values: dict[str, float]  # of the knobs
     router_logits: tuple[Tensor, ...]  # raw, [T, E] of each layer
     noise: Tensor  # the noise generator's state before that micro-batch
+    bias_LE: Tensor | None  # the balance bias that took part
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,10 @@ class _Backward:
     ghat_norm: float  # 0 where none was due
     update_sizes: list[float]  # of each parameter group, by the step before
     router_logits: tuple[Tensor, ...] | None  # of the last micro-batch
-    noise: Tensor  # the noise generator's state before it
+    batches: list[tuple[Tensor, Tensor]]  # each micro-batch, and the noise generator's state before it
+    demand_LE: Tensor | None  # assignments that asked for each expert, in all of them; None when dense
+    bias_LE: Tensor | None  # a copy of the balance bias
+    waited: float  # seconds, for data
 
 
 @dataclass(frozen=True)
@@ -70,12 +86,14 @@ class StepRecord:
     ``metrics``: the published names; loss, shares and the rest are of the forward passes of this step, hence
     of the weights before its update, and means over all its micro-batches; ``update/...`` is the update that
     made those weights, by the step before (0 in the first); ``val/...`` is of the weights after its own.
-    ``shares``: float32 [2, L, E], demand and served as shares of assignments.
+    ``shares``: float32 [2, L, E], demand and served as shares of assignments. ``alerts``: what a person should
+    hear of, a sentence each.
     """
 
     step: int
     metrics: dict[str, float]
     shares: np.ndarray
+    alerts: tuple[str, ...] = ()
 
 
 def resolve_device(config: RunConfig) -> torch.device:
@@ -85,8 +103,21 @@ def resolve_device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """What ``config.compute_dtype`` means on a device: "auto" is bfloat16 where a GPU computes in it."""
+    if config.compute_dtype != "auto":
+        return getattr(torch, config.compute_dtype)
+    quick = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if quick else torch.float32
+
+
 class Trainer:
-    """Model, optimizer, knobs and batches, moved one optimizer step by :meth:`step`."""
+    """Model, optimizer, knobs and batches, moved one optimizer step by :meth:`step`.
+
+    ``whole`` is False once an update was cut short half-way: such weights belong to no step, and only
+    :meth:`load_state_dict` makes the trainer usable again. ``skipped`` counts the attempts that were refused
+    because they were not finite; a replay of the steps makes none of them, so it is told.
+    """
 
     def __init__(self, config: RunConfig, knobs: Knobs, train: Batches, validation: Sequence[Tensor]):
         """``train`` and ``validation`` give int64 token windows [B, block_size + 1]."""
@@ -94,43 +125,91 @@ class Trainer:
         self.device = resolve_device(config)
         self.model = Transformer(
             config.model, config.router, experts_impl=config.experts_impl, seed=config.seed,
-            compute_dtype=torch.bfloat16 if self.device.type == "cuda" else torch.float32,
-        ).to(self.device)
+            compute_dtype=resolve_dtype(config, self.device),
+            activation_checkpointing=config.activation_checkpointing).to(self.device)
         self.optimizer = build_optimizer(config.optim, self.model)
-        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)
+        self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)  # of selection, then of dropout
         self.labels = torch.Generator(self.device).manual_seed(config.seed + 2)  # of Sophia's Hessian passes
-        self.steps_done = 0
-        self.clipped = 0
+        self.steps_done = self.clipped = self.skipped = 0
+        self.whole = True
         self.routed: Routed | None = None  # replaced whole, so that any thread may read it
+        self._compute = compiled(self.model.compute) if config.compile else self.model.compute
+        self._alerts: list[str] = []
 
     def step(self, validate: bool = True) -> StepRecord:
         """Do one optimizer step; ``validate`` False leaves out a validation that is due.
 
-        On an exception the weights and the next batch are as before it.
+        On an exception the weights, the next batch and every random number are as before it. Raises
+        NonFiniteError and MemoryLimitError; after the latter, and after any exception in the update itself,
+        look at ``whole``.
         """
+        if not self.whole:
+            raise RuntimeError("the last update was cut short, so these weights are of no step; load a saved state")
         started = time.perf_counter()
+        number = self.steps_done + 1
+        values = self.knobs.read(number)
+        seen, metrics = self._or_eager(lambda: self._attempt(number, values))
+        self._update(number, values, seen)
+        if seen.router_logits is not None:
+            self.routed = Routed(number, values, seen.router_logits, seen.batches[-1][1], seen.bias_LE)
+        self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
+        took = time.perf_counter() - started
+        metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": seen.waited / took}
+        if every := self.config.eval_interval:
+            # NaN where it was not measured, so that every row has the same names.
+            metrics["val/loss"] = self._validate(number) if validate and number % every == 0 else math.nan
+            metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
+        alerts, self._alerts = tuple(self._alerts), []
+        return StepRecord(number, metrics, seen.reading.shares, alerts)
+
+    def _attempt(self, number: int, values: dict[str, float]) -> tuple[_Backward, dict[str, float]]:
+        """All of a step but its update."""
         cursor, noise, labels = self.train.state_dict(), self.noise.get_state(), self.labels.get_state()
         try:
-            number = self.steps_done + 1
-            values = self.knobs.read(number)
             seen = self._backward()
             metrics = self._metrics(number, values, seen)
-            _refuse_nonfinite(number, {**metrics, "the Hessian estimate": seen.ghat_norm})
-        except BaseException:
+            told = {**metrics, "the Hessian estimate": seen.ghat_norm}
+            if term := nonfinite_term(told):
+                raise NonFiniteError(number, term, told[term], self._where(term, seen))
+            return seen, metrics
+        except BaseException as error:
             self.train.load_state_dict(cursor)
             self.noise.set_state(noise)
             self.labels.set_state(labels)
-            raise
-        self._update(number, values, seen)
-        if seen.router_logits is not None:
-            self.routed = Routed(number, values, seen.router_logits, seen.noise)
-        self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
-        metrics["perf/tok_s"] = self.config.tokens_per_step / (time.perf_counter() - started)
-        if every := self.config.eval_interval:
-            # NaN where it was not measured, so that every row has the same names.
-            metrics["val/loss"] = self.evaluate() if validate and number % every == 0 else math.nan
-            metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
-        return StepRecord(number, metrics, seen.reading.shares)
+            self.skipped += isinstance(error, NonFiniteError)
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+        # Out here, because the exception held the frames of the pass and so its tensors.
+        raise self._out_of_memory(f"step {number} was not applied")
+
+    def _out_of_memory(self, said: str) -> MemoryLimitError:
+        self.optimizer.zero_grad()
+        gc.collect()
+        return memory_limit(said, self.config, self.device)
+
+    def _or_eager(self, work: Callable[[], Got]) -> Got:
+        """What ``work`` gives; where the compiler fails, what it gives without it, from now on."""
+        try:
+            return work()
+        except Exception as error:
+            if self._compute == self.model.compute or not is_compilers(error):
+                raise
+            self._compute = self.model.compute
+            self._alerts.append("compile = True: torch could not compile the model, so it runs without: "
+                                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        return work()
+
+    def _where(self, term: str, seen: _Backward) -> str:
+        """The first place that is not finite, in a pass through the step's micro-batches, else in its gradients."""
+        named = list(self.model.named_parameters())
+        if term == "the Hessian estimate":
+            ghats = dict(zip(self.optimizer.hessian_params(), seen.ghats, strict=True))
+            return first_in_backward((name, ghats.get(p)) for name, p in named)
+        try:
+            found = first_in_forward(self.model, seen.batches, self._controls())
+        except torch.OutOfMemoryError:
+            found = "not found, for want of memory to look again"
+        return found or first_in_backward((name, p.grad) for name, p in named)
 
     def _controls(self) -> RouterControls | None:
         if not self.config.model.n_experts:
@@ -138,36 +217,59 @@ class Trainer:
         t = self.knobs.tensors
         return RouterControls(t["router_temp"], t["router_noise_std"], t.get("capacity_factor"))
 
+    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, controls: RouterControls | None,
+                 generator: torch.Generator | None = None, return_logits: bool = False) -> Output:
+        """The model, compiled where it is."""
+        return self._compute(tokens_BS, targets_BS, controls, *self.model.draw(tokens_BS, generator), return_logits)
+
     def _backward(self) -> _Backward:
         """Gradients of the mean loss over the step's micro-batches, and what the host must know of them."""
-        optim, model = self.config.optim, self.config.model
-        controls, report = self._controls(), None
+        optim, model, t = self.config.optim, self.config.model, self.knobs.tensors
+        controls, report, batches, waited = self._controls(), None, [], 0.0
         self.model.train()
         self.optimizer.zero_grad()
         for _ in range(optim.gradient_accumulation_steps):
-            window = self.train.next().to(self.device, non_blocking=True)
-            noise = self.noise.get_state()  # kept by the host, on a GPU too
-            out = self.model(window[:, :-1], window[:, 1:], controls=controls, generator=self.noise)
+            asked = time.perf_counter()
+            window = self.train.next()
+            waited += time.perf_counter() - asked
+            window = window.to(self.device, non_blocking=True)
+            batches.append((window, self.noise.get_state()))  # the state is kept by the host, on a GPU too
+            out = self._forward(window[:, :-1], window[:, 1:], controls=controls, generator=self.noise)
             loss = out.losses["ce"]
-            if model.n_experts:
-                t = self.knobs.tensors
-                loss = (loss + t["load_balance_alpha"] * out.losses["balance"]
-                        + t["router_z_loss_coef"] * out.losses["z"])
+            for coefficient, term in (("load_balance_alpha", "balance"), ("router_z_loss_coef", "z")):
+                if coefficient in t:
+                    loss = loss + t[coefficient] * out.losses[term]
             (loss / optim.gradient_accumulation_steps).backward()
             report = pack(out) if report is None else report + pack(out)
         ghats = []
         if hessian_due(optim, self.steps_done):
-            ghats = sampled_gradients(self.model, window[:, :-1], controls, self.labels,
+            ghats = sampled_gradients(self._forward, window[:, :-1], controls, self.labels,
                                       self.optimizer.hessian_params())
         norms = torch.stack([_norm([g for g in grads if g is not None], self.device)
                              for grads in (ghats, [p.grad for p in self.model.parameters()])])
-        sizes, end = update_sizes(self.optimizer, self.device), len(report)
-        vector = torch.cat([report / optim.gradient_accumulation_steps, sizes, norms]).cpu().numpy()
-        return _Backward(Reading.unpack(vector[:end], model.n_layer, model.n_experts), norm=float(vector[-1]),
-                         ghats=ghats, ghat_norm=float(vector[-2]), update_sizes=vector[end:-2].tolist(),
-                         router_logits=out.router_logits, noise=noise)
+        sizes, routed = update_sizes(self.optimizer, self.device), (model.n_moe_layer, model.n_experts)
+        bias_LE = None if self.model.balance_bias is None else self.model.balance_bias.clone()
+        mean = report / optim.gradient_accumulation_steps
+        if bias_LE is not None:
+            mean = torch.cat([mean, bias_LE.flatten()])
+        vector = torch.cat([mean, sizes, norms]).cpu().numpy()
+        return _Backward(
+            Reading.unpack(vector[:len(mean)], *routed), norm=float(vector[-1]), ghats=ghats,
+            ghat_norm=float(vector[-2]), update_sizes=vector[len(mean):-2].tolist(), router_logits=out.router_logits,
+            batches=batches, demand_LE=packed_demand(report, *routed) if model.n_experts else None,
+            bias_LE=bias_LE, waited=waited)
 
     def _update(self, number: int, values: dict[str, float], seen: _Backward) -> None:
+        self.whole = False
+        try:
+            self._apply(number, values, seen)
+            self.whole = True
+        except torch.OutOfMemoryError:
+            pass
+        if not self.whole:
+            raise self._out_of_memory(f"step {number} was cut short in its update")
+
+    def _apply(self, number: int, values: dict[str, float], seen: _Backward) -> None:
         if seen.norm > values["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"],
                                                  torch.tensor(seen.norm))
@@ -175,11 +277,15 @@ class Trainer:
             self.optimizer.update_hessian(seen.ghats)
         set_lr(self.optimizer, lr_shape(self.config.optim, number) * values["lr_scale"])
         measured_step(self.optimizer)
+        if seen.bias_LE is not None:
+            follow_load(self.model.balance_bias, seen.demand_LE, self.knobs.tensors["bias_update_speed"])
 
     def _metrics(self, number: int, values: dict[str, float], seen: _Backward) -> dict[str, float]:
         optim, reading, norm = self.config.optim, seen.reading, seen.norm
         share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
-        routed = router_metrics(reading, values["load_balance_alpha"]) if self.config.model.n_experts else {}
+        routed = {}
+        if self.config.model.n_experts:
+            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0))
         aux = routed.get("router/aux_mean", 0.0)
         z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
         if routed and optim.skips_starved:
@@ -193,6 +299,7 @@ class Trainer:
             "train/tokens_b": number * self.config.tokens_per_step / 1e9,
             "grad/norm": norm,
             "grad/clipped_cum": float(self.clipped + (norm > values["grad_clip"])),
+            "grad/skipped_cum": float(self.skipped),
             **{self.knobs[name].spec.metric: value for name, value in values.items()},
             **routed,
         }
@@ -204,13 +311,23 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for window in self.validation:
             window = window.to(self.device, non_blocking=True)
-            total += self.model(window[:, :-1], window[:, 1:], controls=self._controls()).losses["ce"]
+            total += self._forward(window[:, :-1], window[:, 1:], controls=self._controls()).losses["ce"]
         return float(total) / len(self.validation)
+
+    def _validate(self, number: int) -> float:
+        try:
+            return self._or_eager(self.evaluate)
+        except torch.OutOfMemoryError:
+            pass
+        # The step is done and its row must not be lost.
+        self._alerts.append(f"no val/loss: {self._out_of_memory(f'the validation after step {number} did not fit')}")
+        return math.nan
 
     def state_dict(self) -> dict:
         """All that the steps to come depend on: tensors, numbers and text, nested. It shares memory."""
         return {
-            "steps_done": self.steps_done, "clipped": self.clipped, "model": self.model.state_dict(),
+            "steps_done": self.steps_done, "clipped": self.clipped, "skipped": self.skipped,
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "knobs": self.knobs.state_dict(),
             "noise": self.noise.get_state(), "labels": self.labels.get_state(), "train": self.train.state_dict()}
 
@@ -222,15 +339,11 @@ class Trainer:
         self.noise.set_state(state["noise"].cpu())
         self.labels.set_state(state["labels"].cpu())
         self.train.load_state_dict(state["train"])
-        self.steps_done, self.clipped = state["steps_done"], state["clipped"]
+        self.steps_done, self.clipped, self.skipped = state["steps_done"], state["clipped"], state.get("skipped", 0)
+        self.whole = True
 
 
 def _norm(grads: list[Tensor], device: torch.device) -> Tensor:
     # torch's norm of nothing is a tensor on the CPU, and to move it would make the host wait.
     return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
 
-
-def _refuse_nonfinite(number: int, metrics: dict[str, float]) -> None:
-    for name in ("train/ce", "router/aux_mean", "router/z_mean", "grad/norm", "the Hessian estimate"):
-        if not math.isfinite(metrics.get(name, 0.0)):
-            raise NonFiniteError(f"step {number}: {name} is {metrics[name]}; the step was not applied")

@@ -16,20 +16,20 @@ from moe_core.config import ModelConfig
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias that computes in its input's dtype; the weight stays a float32 master.
+    """``nn.Linear`` that computes in its input's dtype; weight and bias stay float32 masters.
 
-    The weight [out, in] is left uninitialised: :class:`~moe_core.model.Transformer` fills every weight from
-    one private generator.
+    Both are left uninitialised: :class:`~moe_core.model.Transformer` fills every weight from one private
+    generator.
     """
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self):
         """Draws nothing: torch's default would consume the global random stream, which is the user's."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Embedding(nn.Embedding):
@@ -72,18 +72,18 @@ def apply_rope(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention, [B, S, D] -> [B, S, D]; no projection has a bias."""
+    """Causal attention, [B, S, D] -> [B, S, D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.head_dim
         self.is_grouped = config.kv_heads < config.n_head
         width_D, width_kv = config.d_model, config.kv_heads * config.head_dim
-        self.q_proj = Linear(width_D, width_D)
-        self.k_proj = Linear(width_D, width_kv)
-        self.v_proj = Linear(width_D, width_kv)
-        self.o_proj = Linear(width_D, width_D)
-        self.gate_proj = Linear(width_D, width_D) if config.attn_gate == "sigmoid_head" else None
+        self.q_proj = Linear(width_D, width_D, config.bias)
+        self.k_proj = Linear(width_D, width_kv, config.bias)
+        self.v_proj = Linear(width_D, width_kv, config.bias)
+        self.o_proj = Linear(width_D, width_D, config.bias)
+        self.gate_proj = Linear(width_D, width_D, config.bias) if config.attn_gate == "sigmoid_head" else None
         self.q_norm = RMSNorm(self.head_dim, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.qk_norm_eps) if config.qk_norm else None
 

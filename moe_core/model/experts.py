@@ -1,11 +1,14 @@
 """SwiGLU experts, stacked: a loop to read and to test against, and a grouped path to run.
 
-Both compute ``y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t))`` over the kept picks e of token t.
+Both compute ``y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t))`` over the kept picks e of token t, where
+gate, up and down are matrices, with a bias each where the config says so.
 
 Shapes: T tokens, D model width, F expert width, E experts, K picks of a token, N = T * K assignments.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,23 @@ from torch import Tensor, nn
 from moe_core.model.router import Routing
 
 
-def experts_loop(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+class Biases(NamedTuple):
+    """What each expert adds behind its products: ``gate`` and ``up`` [E, F], ``down`` [E, D]."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def experts_loop(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
+                 biases: Biases | None = None) -> Tensor:
     """Expert by expert, in any dtype: [T, D] -> [T, D]. The reference; syncs with the device E times."""
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, routing.weights_TK.dtype))
     for e in range(w_gate.shape[0]):
         token, pick = torch.where((routing.experts_TK == e) & routing.kept_TK)
+        b_gate, b_up, b_down = (0.0, 0.0, 0.0) if biases is None else (b[e] for b in biases)
         x = x_TD[token]
-        out = (F.silu(x @ w_gate[e]) * (x @ w_up[e])) @ w_down[e]
+        out = (F.silu(x @ w_gate[e] + b_gate) * (x @ w_up[e] + b_up)) @ w_down[e] + b_down
         y_TD = y_TD.index_add(0, token, out * routing.weights_TK[token, pick].unsqueeze(-1))
     return y_TD.to(x_TD.dtype)
 
@@ -58,7 +71,36 @@ class _Collect(torch.autograd.Function):
         return grad_ND[order_N], None, None
 
 
-def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+@torch.library.custom_op("moe_core::grouped_mm_float32", mutates_args=())
+def _opaque_grouped_mm(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    """``F.grouped_mm`` as one closed operator: torch 2.13 cannot trace the open one in float32."""
+    return F.grouped_mm(a, b, offs=ends_E)
+
+
+@_opaque_grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
+    # Rows times a stack of matrices, or two sets of rows, group by group, as the gradient of the stack is.
+    return a.new_empty(a.shape[0], b.shape[2]) if b.ndim == 3 else a.new_empty(len(ends_E), a.shape[0], b.shape[1])
+
+
+def _opaque_backward(ctx, grad: Tensor):
+    rows, weight, ends_E = ctx.saved_tensors
+    grad = grad.contiguous()
+    return _opaque_grouped_mm(grad, weight.mT, ends_E), _opaque_grouped_mm(rows.t(), grad, ends_E), None
+
+
+_opaque_grouped_mm.register_autograd(
+    _opaque_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def _grouped_mm(rows_ND: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    if rows_ND.dtype is torch.float32 and torch.compiler.is_compiling():
+        return _opaque_grouped_mm(rows_ND, w_EDF, ends_E)
+    return F.grouped_mm(rows_ND, w_EDF, offs=ends_E)
+
+
+def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
+                    biases: Biases | None = None) -> Tensor:
     """Sort by expert, one grouped matrix product per weight, sort back: [T, D] -> [T, D].
 
     Shapes are fixed and nothing waits for the device. A dropped assignment is computed with its expert's
@@ -83,9 +125,14 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
                                 out_int32=True)
 
     rows_ND = _Dispatch.apply(x_TD, order_N, place_N, K)
-    gate_NF = F.grouped_mm(rows_ND, w_gate, offs=ends_E)
-    up_NF = F.grouped_mm(rows_ND, w_up, offs=ends_E)
-    rows_ND = F.grouped_mm(F.silu(gate_NF) * up_NF, w_down, offs=ends_E)
+    gate_NF, up_NF = (_grouped_mm(rows_ND, w, ends_E) for w in (w_gate, w_up))
+    if biases is not None:
+        # A product, not a lookup, whose gradient would add with atomics.
+        own_NE = (sorted_N.unsqueeze(-1) == torch.arange(len(w_gate), device=x_TD.device)).to(dtype)
+        gate_NF, up_NF = gate_NF + own_NE @ biases.gate, up_NF + own_NE @ biases.up
+    rows_ND = _grouped_mm(F.silu(gate_NF) * up_NF, w_down, ends_E)
+    if biases is not None:
+        rows_ND = rows_ND + own_NE @ biases.down
     out_TKD = _Collect.apply(rows_ND, order_N, place_N).unflatten(0, (-1, K))
     weights_TK = torch.where(routing.kept_TK, routing.weights_TK, 0.0)
     return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(dtype)
@@ -95,12 +142,13 @@ IMPLEMENTATIONS = {"loop": experts_loop, "grouped": experts_grouped}
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs without biases: ``w_gate`` and ``w_up`` [E, D, F], ``w_down`` [E, F, D], uninitialised.
+    """E SwiGLU MLPs: ``w_gate`` and ``w_up`` [E, D, F], ``w_down`` [E, F, D]; with ``bias`` ``b_gate`` and
+    ``b_up`` [E, F], ``b_down`` [E, D]. Uninitialised.
 
     ``impl`` is "grouped" or "loop". Weights are float32 masters; the products are in the input's dtype.
     """
 
-    def __init__(self, n_experts: int, d_model: int, width: int, impl: str = "grouped"):
+    def __init__(self, n_experts: int, d_model: int, width: int, impl: str = "grouped", bias: bool = False):
         super().__init__()
         if impl not in IMPLEMENTATIONS:
             known = ", ".join(map(repr, IMPLEMENTATIONS))
@@ -109,7 +157,17 @@ class Experts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.w_up = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.w_down = nn.Parameter(torch.empty(n_experts, width, d_model))
+        for name, size in (("b_gate", width), ("b_up", width), ("b_down", d_model)):
+            self.register_parameter(name, nn.Parameter(torch.empty(n_experts, size)) if bias else None)
+
+    def weights(self) -> list[nn.Parameter]:
+        """The three stacks of matrices."""
+        return [self.w_gate, self.w_up, self.w_down]
+
+    def biases(self) -> list[nn.Parameter]:
+        """The three stacks of biases; none where there are none."""
+        return [] if self.b_gate is None else [self.b_gate, self.b_up, self.b_down]
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        weights = (w.to(x_TD.dtype) for w in (self.w_gate, self.w_up, self.w_down))
-        return IMPLEMENTATIONS[self.impl](x_TD, routing, *weights)
+        weights, biases = ([p.to(x_TD.dtype) for p in own] for own in (self.weights(), self.biases()))
+        return IMPLEMENTATIONS[self.impl](x_TD, routing, *weights, Biases(*biases) if biases else None)

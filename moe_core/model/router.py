@@ -92,15 +92,17 @@ def within_capacity(picks_TKE: Tensor, capacity: Tensor) -> Tensor:
     return (place_N <= capacity).view(K, T).t()
 
 
-def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None = None, *, top_k: int,
-          norm_topk_prob: bool = False, dropless: bool = True) -> Routing:
+def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
+          bias_E: Tensor | None = None, *, top_k: int, norm_topk_prob: bool = False,
+          dropless: bool = True) -> Routing:
     """Route T tokens by their raw float32 logits.
 
-    Tempered logits t = logits / temp give the probabilities p = softmax(t), free of noise. The K largest of
-    t + noise_std * noise win; their weights are p, or with ``norm_topk_prob`` p divided by its sum over the
-    K. Without ``dropless`` an expert takes ceil(capacity_factor * T * K / E) assignments. The balance loss
-    is E * sum_e demand share_e * mean_T(p_e) (Fedus et al. 2021), the z-loss mean_T(logsumexp(logits)^2)
-    (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`; None selects without noise.
+    Tempered logits t = logits / temp give the probabilities p = softmax(t), free of noise and bias. The K
+    largest of t + noise_std * noise + bias win; their weights are p, or with ``norm_topk_prob`` p divided by
+    its sum over the K. Without ``dropless`` an expert takes ceil(capacity_factor * T * K / E) assignments. The
+    balance loss is E * sum_e demand share_e * mean_T(p_e) (Fedus et al. 2021), the z-loss
+    mean_T(logsumexp(logits)^2) (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`, ``bias_E``
+    from :mod:`moe_core.model.balance`; None is none.
     """
     T, E = logits_TE.shape
     tempered_TE = logits_TE / controls.temp
@@ -108,6 +110,8 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
     probs_TE = log_probs_TE.exp()
 
     scores_TE = tempered_TE if noise_TE is None else tempered_TE + controls.noise_std * noise_TE
+    if bias_E is not None:
+        scores_TE = scores_TE + bias_E
     experts_TK = scores_TE.topk(top_k, dim=-1).indices
     if norm_topk_prob:
         # The same as p / sum(p), without 0 / 0 where noise picks experts of vanishing probability.
@@ -151,8 +155,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.bias = nn.Parameter(torch.empty(n_experts))
 
-    def forward(self, x_TD: Tensor, controls: RouterControls, noise_TE: Tensor | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
+                bias_E: Tensor | None = None) -> Routing:
         # In bfloat16 two or three choices in a thousand would flip.
         logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
-        return route(logits_TE, controls, noise_TE, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob,
-                     dropless=self.dropless)
+        return route(logits_TE, controls, noise_TE, bias_E, top_k=self.top_k,
+                     norm_topk_prob=self.norm_topk_prob, dropless=self.dropless)

@@ -1,21 +1,25 @@
 """A pre-norm decoder-only transformer, MoE or dense: tokens -> loss terms and router statistics.
 
 Shapes: B batch, S sequence, T = B * S tokens, D model width, F width of an expert or of a dense MLP,
-E experts, K picks of a token, V vocabulary, L layers.
+E experts, K picks of a token, V vocabulary, L routed blocks (the first few blocks may be dense),
+N places where dropout acts.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_core.config import ModelConfig, RouterConfig
 from moe_core.model.attention import Attention, Embedding, Linear, RMSNorm, rope_tables
 from moe_core.model.experts import Experts
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
+from moe_core.model.size import count_params, flops_per_token
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,14 @@ class Output:
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a dense block, without biases: SwiGLU (Shazeer 2020) or GELU."""
+    """The feed-forward part of a dense block: SwiGLU (Shazeer 2020) or GELU."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up_proj = Linear(config.d_model, config.ff_width)
-        self.gate_proj = Linear(config.d_model, config.ff_width) if config.mlp == "swiglu" else None
-        self.down_proj = Linear(config.ff_width, config.d_model)
+        width_D, width_F = config.d_model, config.dense_width
+        self.up_proj = Linear(width_D, width_F, config.bias)
+        self.gate_proj = Linear(width_D, width_F, config.bias) if config.mlp == "swiglu" else None
+        self.down_proj = Linear(width_F, width_D, config.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         up_BSF = self.up_proj(x_BSD)
@@ -52,72 +57,113 @@ class MoE(nn.Module):
     def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str):
         super().__init__()
         self.router = Router(model.d_model, model.n_experts, router)
-        self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl)
+        self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl, model.bias)
 
-    def forward(self, x_BSD: Tensor, controls: RouterControls,
-                noise_TE: Tensor | None) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, controls: RouterControls, noise_TE: Tensor | None,
+                bias_E: Tensor | None) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, controls, noise_TE)
+        routing = self.router(x_TD, controls, noise_TE, bias_E)
         return self.experts(x_TD, routing).view_as(x_BSD), routing
 
 
 class Block(nn.Module):
     """Attention, then experts or a dense MLP, each on the normed residual stream and added to it."""
 
-    def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str):
+    def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str, routed: bool):
         super().__init__()
+        self.dropout = model.dropout
         self.attn_norm = RMSNorm(model.d_model, model.norm_eps)
         self.attn = Attention(model)
         self.mlp_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.mlp = MoE(model, router, experts_impl) if model.n_experts else MLP(model)
+        self.mlp = MoE(model, router, experts_impl) if routed else MLP(model)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, controls: RouterControls | None,
-                noise_TE: Tensor | None) -> tuple[Tensor, Routing | None]:
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope)
+                noise_TE: Tensor | None, bias_E: Tensor | None,
+                kept_2BSD: Tensor | None) -> tuple[Tensor, Routing | None]:
+        """``kept_2BSD``: what dropout leaves of the two additions; None is all."""
+        kept_attn, kept_mlp = (None, None) if kept_2BSD is None else kept_2BSD
+        x_BSD = x_BSD + _dropped(self.attn(self.attn_norm(x_BSD), rope), kept_attn, self.dropout)
+        routing, x_mlp = None, self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MLP):
-            return x_BSD + self.mlp(self.mlp_norm(x_BSD)), None
-        y_BSD, routing = self.mlp(self.mlp_norm(x_BSD), controls, noise_TE)
-        return x_BSD + y_BSD, routing
+            y_BSD = self.mlp(x_mlp)
+        else:
+            y_BSD, routing = self.mlp(x_mlp, controls, noise_TE, bias_E)
+        return x_BSD + _dropped(y_BSD, kept_mlp, self.dropout), routing
+
+
+def _dropped(x: Tensor, kept: Tensor | None, rate: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x, 0.0) / (1.0 - rate)
 
 
 class Transformer(nn.Module):
     """The model. Parameters are float32 masters; activations are in ``compute_dtype``, the router in float32.
 
     ``seed`` fills the weights from a generator of their own, the same on every device; None takes a fresh
-    one. ``experts_impl`` is "grouped" or "loop". Built under ``torch.device("meta")`` it holds shapes only.
+    one. ``experts_impl`` is "grouped" or "loop". With ``activation_checkpointing`` a training pass keeps each
+    block's input alone and computes the rest again in its backward. ``balance_bias`` [L, E] float32 is the
+    bias on the selection, moved by whoever trains (:mod:`moe_core.model.balance`); None where the config
+    balances without. Built under ``torch.device("meta")`` the model holds shapes only.
     """
+
+    balance_bias: Tensor | None
 
     def __init__(self, model: ModelConfig, router: RouterConfig, *,
                  compute_dtype: torch.dtype = torch.float32, experts_impl: str = "grouped",
-                 seed: int | None = None):
+                 activation_checkpointing: bool = False, seed: int | None = None):
         super().__init__()
         self.config, self.router_config, self.compute_dtype = model, router, compute_dtype
+        self.activation_checkpointing = activation_checkpointing
+        self.n_dense = model.n_layer - model.n_moe_layer  # blocks before the first routed one
         self.embed = Embedding(model.vocab_size, model.d_model)
         self.positions = None if model.use_rope else Embedding(model.block_size, model.d_model)
-        self.blocks = nn.ModuleList(Block(model, router, experts_impl) for _ in range(model.n_layer))
+        self.blocks = nn.ModuleList(Block(model, router, experts_impl, routed=i >= self.n_dense)
+                                    for i in range(model.n_layer))
         self.norm = RMSNorm(model.d_model, model.norm_eps)
+        has_bias = model.n_experts and router.uses_bias
+        self.register_buffer("balance_bias", torch.zeros(model.n_moe_layer, model.n_experts) if has_bias else None)
         if not self.embed.weight.is_meta:
             initialise(self, seed)
+
+    def _apply(self, fn, recurse=True):
+        bias = self.balance_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.balance_bias.dtype != torch.float32:
+            # model.bfloat16() means the activations; steps of a thousandth would be lost in it.
+            self.balance_bias = bias.to(self.balance_bias.device)
+        return self
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *,
                 controls: RouterControls | None = None, generator: torch.Generator | None = None,
                 return_logits: bool = False) -> Output:
         """Loss terms of int64 ``tokens_BS`` against ``targets_BS`` (the tokens moved up by one).
 
-        ``controls`` None is plain inference: the router's final temperature, no noise. In training mode the
-        selection noise of all layers is drawn from ``generator`` (on the model's device; None is torch's
-        global one), whatever its scale, so that a turned knob leaves later random numbers where they were;
-        in eval mode none is drawn. Raises ValueError for a sequence longer than ``block_size``.
+        ``controls`` None is plain inference: the router's final temperature, no noise. ``generator`` is
+        :meth:`draw`'s. Raises ValueError for a sequence longer than ``block_size``.
         """
-        noise_LTE = None
-        if self.training and self.config.n_experts:
-            shape = (self.config.n_layer, tokens_BS.numel(), self.config.n_experts)
-            noise_LTE = draw_noise(self.router_config.router_noise_type, shape, generator, tokens_BS.device)
-        return self.compute(tokens_BS, targets_BS, controls, noise_LTE, return_logits)
+        return self.compute(tokens_BS, targets_BS, controls, *self.draw(tokens_BS, generator), return_logits)
+
+    def draw(self, tokens_BS: Tensor, generator: torch.Generator | None) -> tuple[Tensor | None, Tensor | None]:
+        """The random numbers of one training pass: selection noise, float32 [L, T, E], and what dropout leaves.
+
+        The latter is bool [N, B, S, D]: of the embedding, then of the two halves of each block; a byte an
+        activation. Both come from ``generator`` (on the model's device; None is torch's global one), before
+        anything is compiled or computed twice. The noise is drawn whatever its scale, so that a turned knob
+        leaves later random numbers where they were. None in eval mode and where the config has none.
+        """
+        noise_LTE = kept_NBSD = None
+        config, device = self.config, tokens_BS.device
+        if self.training and config.n_experts:
+            shape = (config.n_moe_layer, tokens_BS.numel(), config.n_experts)
+            noise_LTE = draw_noise(self.router_config.router_noise_type, shape, generator, device)
+        if self.training and config.dropout:
+            shape = (1 + 2 * config.n_layer, *tokens_BS.shape, config.d_model)
+            kept_NBSD = torch.empty(shape, dtype=torch.bool, device=device)
+            kept_NBSD.bernoulli_(1.0 - config.dropout, generator=generator)
+        return noise_LTE, kept_NBSD
 
     def compute(self, tokens_BS: Tensor, targets_BS: Tensor | None, controls: RouterControls | None,
-                noise_LTE: Tensor | None, return_logits: bool = False) -> Output:
-        """:meth:`forward` with the noise given: a function of its arguments, and one graph under compile."""
+                noise_LTE: Tensor | None, kept_NBSD: Tensor | None = None, return_logits: bool = False) -> Output:
+        """:meth:`forward` with its random numbers given: a function of its arguments, one graph under compile."""
         config, length = self.config, tokens_BS.shape[1]
         if length > config.block_size:
             raise ValueError(f"a sequence of {length} tokens: must be at most "
@@ -130,18 +176,25 @@ class Transformer(nn.Module):
             x_BSD = x_BSD + self.positions.weight[:length]
         else:
             rope = rope_tables(length, config.head_dim, config.rope_theta, tokens_BS.device)
-        x_BSD, routings = x_BSD.to(self.compute_dtype), []
-        for layer, block in enumerate(self.blocks):
-            noise_TE = None if noise_LTE is None else noise_LTE[layer]
-            x_BSD, routing = block(x_BSD, rope, controls, noise_TE)
-            routings.append(routing)
+        x_BSD = _dropped(x_BSD, None if kept_NBSD is None else kept_NBSD[0], config.dropout).to(self.compute_dtype)
+        routings = []
+        for i, block in enumerate(self.blocks):
+            noise_TE, bias_E = (of_LE[i - self.n_dense] if of_LE is not None and i >= self.n_dense else None
+                                for of_LE in (noise_LTE, self.balance_bias))
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+                # Nothing random happens inside, so there is no state to keep; counts are values, not side effects.
+                block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            x_BSD, routing = block(x_BSD, rope, controls, noise_TE, bias_E,
+                                   None if kept_NBSD is None else kept_NBSD[1 + 2 * i : 3 + 2 * i])
+            if routing is not None:
+                routings.append(routing)
         logits_BSV = F.linear(self.norm(x_BSD), self.embed.weight.to(x_BSD.dtype))
 
         losses, balance_L, z_L, stats, router_logits = {}, None, None, None, None
         if targets_BS is not None:
             # In float32: a bfloat16 sum of this many terms is wrong in the first decimal.
             losses["ce"] = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
-        if config.n_experts:
+        if routings:
             # Each layer has its own product, then the mean: pooled demand would hide layers that collapse
             # on different experts.
             balance_L = torch.stack([r.balance_loss for r in routings])
@@ -158,32 +211,8 @@ class Transformer(nn.Module):
         return count_params(self.config)
 
     def flops_per_token(self, seq_len: int | None = None) -> int:
-        """Forward and backward, in the PaLM convention (Chowdhery et al. 2022, appendix B).
-
-        Six for each matrix weight that a token meets (K experts of E, the tied head, no norms), and
-        12 L D S for attention, not halved for causality. ``seq_len`` None is ``block_size``.
-        """
-        model = self.config
-        in_blocks = model.n_layer * _block_weights(model, self.router_config.top_k)
-        attention = 12 * model.n_layer * model.d_model * (seq_len or model.block_size)
-        return 6 * (in_blocks + model.vocab_size * model.d_model) + attention
-
-
-def _block_weights(model: ModelConfig, n_experts: int) -> int:
-    """Weights in the matrices of one block, with ``n_experts`` of its experts (those held, or those met)."""
-    D, width_F = model.d_model, model.ff_width
-    attention = (2 + (model.attn_gate != "none")) * D * D + 2 * D * model.kv_heads * model.head_dim
-    if model.n_experts:
-        return attention + D * model.n_experts + n_experts * 3 * D * width_F
-    return attention + (3 if model.mlp == "swiglu" else 2) * D * width_F
-
-
-def count_params(model: ModelConfig) -> int:
-    """The number of parameters of a :class:`Transformer` of this shape, without building one."""
-    # Two norms, two QK-norms, and the router's bias.
-    vectors = 2 * model.d_model + 2 * model.head_dim * model.qk_norm + model.n_experts
-    embeddings = (model.vocab_size + (0 if model.use_rope else model.block_size)) * model.d_model
-    return embeddings + model.n_layer * (_block_weights(model, model.n_experts) + vectors) + model.d_model
+        """Of forward and backward, at ``seq_len`` tokens (None: ``block_size``); see :mod:`moe_core.model.size`."""
+        return flops_per_token(self.config, self.router_config.top_k, seq_len)
 
 
 OUTPUTS, OUTPUT_GAIN = ("o_proj", "down_proj"), 0.02
@@ -198,7 +227,7 @@ def initialise(model: Transformer, seed: int | None) -> None:
     q, k, v, attention gate; gate and up of MLP, experts   1 / sqrt(D)
     attention output; down of MLP, experts                 0.02 / sqrt(fan-in)
     router weight                                          0.5 / sqrt(D)
-    router bias                                            0
+    biases                                                 0
     norms                                                  1
     =====================================================  ====================
 
@@ -228,9 +257,13 @@ def initialise(model: Transformer, seed: int | None) -> None:
             module.bias.zero_()
         elif isinstance(module, Experts):
             # [E, in, out], whose fans nn.init would read from the wrong axes.
-            for weight, gain in ((module.w_gate, 1.0), (module.w_up, 1.0), (module.w_down, OUTPUT_GAIN)):
+            for weight, gain in zip(module.weights(), (1.0, 1.0, OUTPUT_GAIN), strict=True):
                 normal(weight, gain, weight.shape[1])
+            for bias in module.biases():
+                bias.zero_()
         elif isinstance(module, Attention | MLP):
             for name, linear in module.named_children():
                 if isinstance(linear, Linear):
                     normal(linear.weight, OUTPUT_GAIN if name in OUTPUTS else 1.0, linear.in_features)
+                    if linear.bias is not None:
+                        linear.bias.zero_()

@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[Tensor]]:
     """Every parameter in exactly one group, chosen by the module that owns it.
 
     "embed": token embedding (the head too) and learned positions; "attention", "mlp" (dense) and "experts":
-    matrices; "router": its matrix; "vectors": norms and biases. Groups that stay empty are left out. Raises
+    matrices; "router": its matrix; "vectors": norms and all biases. Groups that stay empty are left out. Raises
     ConfigError for a parameter of any other module.
     """
     groups: dict[str, list[Tensor]] = {
@@ -60,9 +60,12 @@ def parameter_groups(model: nn.Module) -> dict[str, list[Tensor]]:
                 groups["embed"].append(module.weight)
             case Attention() | MLP():
                 name = "attention" if isinstance(module, Attention) else "mlp"
-                groups[name] += [child.weight for child in module.children() if isinstance(child, Linear)]
+                linears = [child for child in module.children() if isinstance(child, Linear)]
+                groups[name] += [linear.weight for linear in linears]
+                groups["vectors"] += [linear.bias for linear in linears if linear.bias is not None]
             case Experts():
-                groups["experts"] += module.parameters(recurse=False)
+                groups["experts"] += module.weights()
+                groups["vectors"] += module.biases()
             case Router():
                 groups["router"].append(module.weight)
                 groups["vectors"].append(module.bias)

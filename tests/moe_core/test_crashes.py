@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tiny_run):
     assert stopped >= 3 and run.session.state == "failed"
     run.step(12 - stopped)
     calm.step(12)
-    assert run.metrics().drop(columns="perf/tok_s").equals(calm.metrics().drop(columns="perf/tok_s"))
+    assert run.metrics().filter(regex="^(?!perf/)").equals(calm.metrics().filter(regex="^(?!perf/)"))
 
 
 def test_what_a_crash_in_a_save_left_is_mended(tiny_run):

@@ -22,7 +22,7 @@ VARIANTS = {
 
 def rows(run, branch=None):
     """Every number of every row but the speed."""
-    return run.metrics(branch, per_layer=True).drop(columns="perf/tok_s")
+    return run.metrics(branch, per_layer=True).filter(regex="^(?!perf/)")
 
 
 def turn(run):

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.knobs import Knobs
-from moe_core.trainer import NonFiniteError, Trainer
+from moe_core.trainer import Trainer
 
 
 @pytest.fixture
@@ -26,11 +26,12 @@ def weights(trainer):
 
 def measured(metrics):
     """All but the speed, and the validation of steps without one."""
-    return {name: value for name, value in metrics.items() if name != "perf/tok_s" and not math.isnan(value)}
+    return {name: value for name, value in metrics.items() if not name.startswith("perf/") and not math.isnan(value)}
 
 
 PUBLISHED = [
-    "train/loss", "train/ce", "lr", "train/tokens_b", "perf/tok_s", "grad/norm", "grad/clipped_cum",
+    "train/loss", "train/ce", "lr", "train/tokens_b", "perf/tok_s", "perf/data_wait", "grad/norm", "grad/clipped_cum",
+    "grad/skipped_cum", "router/balance_mean",
     "router/temp", "router/noise_std", "router/load_balance_alpha", "router/z_loss_coef", "router/aux_mean",
     "router/z_mean", "router/max_frac_mean", "router/max_frac_max", "router/active_min", "router/active_mean",
     "router/drop_frac_mean", "router/top1_p_mean", "router/entropy_mean", "router/collapsed",
@@ -132,30 +133,6 @@ def test_training_leaves_the_users_random_numbers_alone(make):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     assert make().step().metrics["train/ce"] == first
-
-
-@pytest.mark.parametrize("where, term", [("embed", "train/ce"), ("router", "train/ce"), ("grad", "grad/norm")])
-def test_a_step_that_is_not_finite_is_refused_before_it_is_applied(make, where, term):
-    """It says which term; weights, next batch and noise are as before it, so that the step can be taken again."""
-    trainer, twin = make(), make()
-    trainer.step(), twin.step()
-    model, before = trainer.model, weights(trainer)
-    if where == "grad":
-        hook = model.norm.weight.register_hook(lambda grad: grad * math.inf)
-        undo = hook.remove
-    else:
-        parameter = model.embed.weight if where == "embed" else model.blocks[1].mlp.router.weight
-        kept = parameter.data.clone()
-        parameter.data.fill_(math.nan)
-        before = weights(trainer)
-
-        def undo():
-            parameter.data.copy_(kept)
-    with pytest.raises(NonFiniteError, match=rf"step 2: {term} is (nan|inf); the step was not applied"):
-        trainer.step()
-    torch.testing.assert_close(weights(trainer), before, rtol=0, atol=0, equal_nan=True)
-    undo()
-    assert measured(trainer.step().metrics) == measured(twin.step().metrics)
 
 
 class CountSyncs(TorchDispatchMode):
