@@ -57,8 +57,8 @@ def source_files(data: DataConfig) -> list[Path]:
         found = sorted(glob.glob(str(path), recursive=True))
         every = [Path(name) for name in found if os.path.isfile(name)]
         if not every:
-            raise DataError(f"{_name(data)}: there is no such file or folder; must be {EMBEDDED!r}, or a "
-                            f"folder, a file or a glob of {_LISTED} files")
+            raise DataError(f"{_name(data)}: there is no such file or folder; must be {EMBEDDED!r}, a "
+                            f"folder, a file or a glob of {_LISTED} files, or a data set of the hub, 'owner/name'")
     files = [file.absolute() for file in every if file.suffix.lower() in SUFFIXES]
     if not files:
         suffixes = ", ".join(sorted({file.suffix or "no suffix" for file in every})) or "no file"
@@ -115,7 +115,7 @@ def _read_local(data: DataConfig, files: list[Path]) -> Iterator[str]:
     from datasets import IterableDataset
 
     # The readers make a lock file and an empty folder for a cache they never fill when streaming.
-    with _quiet_datasets(), tempfile.TemporaryDirectory() as unused_cache:
+    with quiet_datasets(), tempfile.TemporaryDirectory() as unused_cache:
         for is_text, group in itertools.groupby(files, lambda file: file.suffix.lower() in TEXT_SUFFIXES):
             if is_text:
                 yield from _read_text(data, list(group), IterableDataset, unused_cache)
@@ -180,7 +180,7 @@ def _check_column(data: DataConfig, file: Path, columns: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_datasets() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """No progress bars and no log lines beside our own; the user's settings are put back afterwards."""
     import datasets
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from moe_core.config import RunConfig
+from moe_core.config import DataConfig, RunConfig
+from moe_core.data.arrays import SUFFIXES as ARRAYS
+from moe_core.data.arrays import token_arrays
 from moe_core.data.batches import Batches, load_tokens, validation_batches
+from moe_core.data.corpus import EMBEDDED, DataError
+from moe_core.data.corpus import SUFFIXES as FILES
+from moe_core.data.hub import Documents, open_hub, validation_tokens
+from moe_core.data.prefetch import Prefetched
+from moe_core.data.pretrained import Pretrained, load_pretrained, settled_vocabulary
+from moe_core.data.stream import Stream
+
+_OTHER_FILES = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".html", ".pdf", ".npz", ".pt")
 
 
 class TrainingBatches(Protocol):
@@ -44,18 +56,77 @@ class Data:
     end_of_text: int | None
 
 
-def open_data(config: RunConfig, pin: bool, say: Callable[[str], None]) -> Data:
-    """The data of a run whose config is :func:`settled`; ``say`` hears what preparing it takes.
+def kind_of(data: DataConfig) -> str:
+    """What ``dataset_name`` means: "embedded", "array", "files" or "hub".
 
-    ``pin`` puts batches in page-locked memory, for a GPU. Raises DataError.
+    A name of the hub is one or two words with at most one "/" between them, "owner/name", that no file or folder here
+    has, and that does not end like a file that could be read here. All else is a path.
     """
-    block, batch = config.model.block_size, config.optim.batch_size
-    tokens = load_tokens(config.data, config.model.vocab_size, say)
-    train = Batches(tokens.train, block, batch, config.seed, pin)
-    validation = validation_batches(tokens.val, block, batch, config.eval_iters)
-    return Data(train, validation, tokens.vocab_size, str(tokens.tokenizer_path), 0)
+    name = data.dataset_name
+    if name == EMBEDDED:
+        return "embedded"
+    if name.lower().endswith(ARRAYS):
+        return "array"
+    if Path(name).expanduser().exists() or name.lower().endswith((*FILES, *_OTHER_FILES)):
+        return "files"
+    return "hub" if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else "files"
 
 
 def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
-    """The config with what follows from its data filled in. Settling twice changes nothing. Raises DataError."""
-    return config
+    """The config with what follows from its data filled in: the ``vocab_size`` of a tokenizer given by name.
+
+    Settling twice changes nothing. Raises DataError.
+    """
+    _refuse_nameless(config.data)
+    return settled_vocabulary(config, say)
+
+
+def open_data(config: RunConfig, pin: bool, say: Callable[[str], None]) -> Data:
+    """The data of a run whose config is :func:`settled`; ``say`` hears what preparing it takes.
+
+    ``pin`` puts batches in page-locked memory, ready ahead, for a GPU. Raises DataError.
+    """
+    data, block, batch = config.data, config.model.block_size, config.optim.batch_size
+    _refuse_nameless(data)
+    tokenizer = load_pretrained(data.tokenizer) if data.tokenizer else None
+    if tokenizer and tokenizer.vocab_size > config.model.vocab_size:
+        raise DataError(f"vocab_size = {config.model.vocab_size}: must be at least the {tokenizer.vocab_size:,} tokens "
+                        f"of tokenizer = {data.tokenizer!r}")
+    kind = kind_of(data)
+    if kind == "hub":
+        train, val = _streamed(config, tokenizer, pin, say)
+        about = tokenizer.vocab_size, tokenizer.name, tokenizer.end_of_text
+    else:
+        if kind == "array":
+            tokens, val = token_arrays(data, config.model.vocab_size, say)
+            about = ((tokenizer.vocab_size, tokenizer.name, tokenizer.end_of_text) if tokenizer
+                     else (config.model.vocab_size, None, None))
+        else:
+            found = load_tokens(data, config.model.vocab_size, say, tokenizer)
+            tokens, val = found.train, found.val
+            about = found.vocab_size, str(found.tokenizer_path), found.end_of_text
+        train = Batches(tokens, block, batch, config.seed, pin)
+        if pin:  # without a GPU a batch is copied from the mapped file in microseconds
+            train = Prefetched(train, data.prefetch_factor * max(1, data.num_workers))
+    return Data(train, validation_batches(val, block, batch, config.eval_iters), *about)
+
+
+def _refuse_nameless(data: DataConfig) -> None:
+    if kind_of(data) == "hub" and not data.tokenizer:
+        raise DataError(f"dataset_name = {data.dataset_name!r}: there is no such file or folder here; as a data set of "
+                        "the hub it is streamed, and needs a tokenizer by name (tokenizer = 'gpt2', say)")
+
+
+def _streamed(config: RunConfig, tokenizer: Pretrained, pin: bool, say: Callable[[str], None]):
+    """Training batches and the validation tokens of a data set on the hub."""
+    data = config.data
+
+    def documents(split: str) -> Documents:
+        return Documents(lambda: open_hub(data, split), f"dataset_name = {data.dataset_name!r}", data.text_key, say)
+    val = validation_tokens(documents(data.val_split or data.split), tokenizer, data, say)
+    train = Stream(
+        documents(data.split), tokenizer, block_size=config.model.block_size, batch_size=config.optim.batch_size,
+        shuffle_buffer=data.shuffle_buffer, seed=config.seed, num_workers=data.num_workers,
+        val_fraction=None if data.val_split else data.val_fraction, prefetch_factor=data.prefetch_factor, pin=pin,
+        say=say)
+    return train, val
