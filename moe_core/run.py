@@ -38,6 +38,14 @@ def free_path(path: str | os.PathLike) -> Path:
     return candidate
 
 
+def _own(store: RunStore) -> RunStore:
+    """``store``, unless an old log was imported into it: then closed, with a StoreError."""
+    if store.get_meta("imported") is None:
+        return store
+    store.close()
+    raise StoreError(f"{store.path}: is an imported log, read-only, with nothing to train; read it with RunStore.open")
+
+
 class Run(Timeline, Face):
     """An experiment in a directory. Make one with :meth:`create`, come back to one with :meth:`open`.
 
@@ -57,6 +65,11 @@ class Run(Timeline, Face):
         self.session: Session | None = None
         Session(self)  # takes its place as self.session
         self._porter = Porter(self)
+        self._mirrors = None
+        if config.mirrors:
+            from moe_core.mirrors import Mirrors
+
+            self._mirrors = Mirrors(self)
         _open_runs[self.path.resolve()] = self
 
     @classmethod
@@ -78,7 +91,7 @@ class Run(Timeline, Face):
         """
         if (known := _open_runs.get(Path(path).resolve())) is not None:
             return known
-        store = RunStore.open(path, write=True)
+        store = _own(RunStore.open(path, write=True))
         return cls(store, RunConfig.from_dict(store.config))
 
     @classmethod
@@ -87,7 +100,7 @@ class Run(Timeline, Face):
 
         The run itself where this process has it open. Raises StoreError where ``path`` is no run.
         """
-        return _open_runs.get(Path(path).resolve()) or Attached(RunStore.open(path))
+        return _open_runs.get(Path(path).resolve()) or Attached(_own(RunStore.open(path)))
 
     def close(self) -> None:
         """Stop training at the next step boundary, save, and let the run's directory go."""
@@ -95,6 +108,8 @@ class Run(Timeline, Face):
         self.session.close()
         if self._trainer is not None and self._unsaved_s:
             self._save()
+        if self._mirrors is not None:
+            self._mirrors.close()
         self.store.close()
         _open_runs.pop(self.path.resolve(), None)
 
