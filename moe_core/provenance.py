@@ -1,0 +1,41 @@
+"""With what a run was made: versions and hardware, as they were at its creation. No name of a person or a host."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+META = "provenance"  # the store's meta key
+PACKAGES = ("moe-workbench", "torch", "numpy", "datasets", "tokenizers", "transformers")
+
+
+def gather(device: torch.device) -> dict[str, dict[str, str]]:
+    """``versions`` (package -> version, of those installed) and ``hardware`` of the device that trains: JSON values."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # moe_core runs without most of them
+    versions["torch"] = torch.__version__  # says also what it was built for
+    hardware = {"system": f"{platform.system()} {platform.machine()}", "cpu": _cpu(),
+                "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        hardware |= {"gpu": card.name, "gpu memory": f"{card.total_memory / 2**30:.0f} GiB",
+                     "cuda": str(torch.version.cuda)}
+    return {"versions": versions, "hardware": hardware}
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    listed = Path("/proc/cpuinfo")
+    if listed.exists():
+        for line in listed.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,150 @@
+"""Several runs side by side: their curves on shared axes, and a table of how they differ. ``moe compare`` writes it.
+
+``write(["runs/first", "runs/second"], "both.html")``
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+
+from moe_core import commands
+from widgets import charts, figures
+from widgets.charts import Chart, expert_colors
+from widgets.record import Record
+from widgets.report_blocks import Block, Document, Heading, Picture, Pictures, Table, Text, code, number
+from widgets.report_words import WINDOW, recent_clipping
+from widgets.series import POINTS, thin
+
+# What is overlaid: metric, what the axis says, what the picture is called.
+OVERLAID = (("val/loss", "nats per token", "Validation loss"), ("train/ce", "nats per token", "Train cross-entropy"),
+            ("router/entropy_mean", "nats", "Router entropy"),
+            ("router/max_frac_max", charts.SHARE, "Largest demand, worst layer"),
+            ("router/top1_p_mean", "probability", "Top-1 probability"), ("grad/norm", "gradient norm", "Gradient norm"))
+# Means over the last window, in the table.
+MEANS = ("train/ce", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean", "router/max_frac_max",
+         "router/active_min", "router/drop_frac_mean", "perf/tok_s")
+
+
+def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title: str | None = None) -> Path:
+    """Compare runs (paths, runs or stores) in ``out``, an .html, .md or .ipynb file; returns its path.
+
+    ``static``: pictures in place of interactive charts, in HTML. Raises ReportError, StoreError.
+    """
+    from widgets.report import ReportError, save
+
+    if isinstance(runs, str | os.PathLike) or len(runs) < 2:
+        raise ReportError(f"runs = {runs!r}: must be two runs or more")
+    records = [Record.read(run, told=False) for run in runs]
+    names = labels(records)
+    document = Document(
+        title or " and ".join([", ".join(names[:-1]), names[-1]]),
+        f"{len(records)} runs compared, up to step {max(record.last_step for record in records)}",
+        tuple(blocks(records, names, level=2)))
+    return save(document, records, out, static=static)
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """A name for each, with its branch where the branch is not main, and numbered where two are alike."""
+    said, seen = [], {}
+    for record in records:
+        name = record.name if record.branch == "main" else f"{record.name}:{record.branch}"
+        seen[name] = seen.get(name, 0) + 1
+        said.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return said
+
+
+def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[Block]:
+    """Table of how they stand, table of how their configs differ, and the overlaid curves."""
+    drawn = draw(records, names)
+    parts: list[Block] = [
+        Heading("How they stand", level), standing(records, names),
+        Text(f"Where a metric is of many steps, the mean of the last {WINDOW} logged ones is given.")]
+    if drawn:
+        parts += [Heading("Overlaid", level), Pictures(tuple(
+            Picture(key, figure, f"{title} of {', '.join(names)} over steps")
+            for (key, figure), title in zip(drawn.items(), _titles(records), strict=True)))]
+    return [*parts, Heading("How their configs differ", level), *_differences(records, names)]
+
+
+def standing(records: Sequence[Record], names: Sequence[str]) -> Table:
+    """One column a run: steps, validation, router health."""
+    rows: list[tuple] = [("last step", *(f"{record.last_step:,}" for record in records)),
+                         ("val/loss, last", *(_last_validation(record) for record in records)),
+                         ("val/loss, lowest", *(_best_validation(record) for record in records))]
+    rows += [(metric, *(number(_recent(record, metric)) for record in records)) for metric in MEANS
+             if any(len(record.series(metric)[1]) for record in records)]
+    if any(len(record.series("grad/clipped_cum")[1]) > 1 for record in records):
+        rows.append(("clipped, of the last steps", *(
+            f"{recent_clipping(record):.0%}" if len(record.series("grad/clipped_cum")[1]) > 1 else "–"
+            for record in records)))
+    rows.append(("findings", *(_worst(record) for record in records)))
+    return Table(("", *map(code, names)), tuple(rows), tuple(range(1, len(names) + 1)))
+
+
+def draw(records: Sequence[Record], names: Sequence[str] | None = None) -> dict[str, go.Figure]:
+    """Every overlay that at least one run has something for, by the name that a report gives it."""
+    names = labels(records) if names is None else names
+    return {f"overlay-{metric.replace('/', '-')}": overlay(records, names, metric, unit, title)
+            for metric, unit, title in OVERLAID if any(len(record.series(metric)[0]) for record in records)}
+
+
+def overlay(records: Sequence[Record], names: Sequence[str], metric: str, unit: str, title: str) -> go.Figure:
+    """One metric of several runs on one pair of axes."""
+    traces = []
+    for k, (record, name, color) in enumerate(zip(records, names, expert_colors(len(records)), strict=True)):
+        steps, values = record.series(metric)
+        steps, values = thin(steps, np.asarray(values, np.float32), POINTS)
+        said = html.escape(name)  # plotly reads tags in what it shows
+        traces.append({
+            "type": "scatter", "uid": f"{metric}-{k}", "x": steps, "y": values, "name": said, "showlegend": True,
+            "mode": "lines+markers" if len(steps) <= 60 else "lines", "marker": {"size": 4},
+            "line": {"color": color, "width": 1.5},
+            "hovertemplate": f"{said}<br>{metric} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
+    chart = Chart(f"overlay-{metric}", f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
+                  legend=True)
+    return figures.figure(chart, width=520).update_layout(legend_title_text="")
+
+
+def _titles(records: Sequence[Record]) -> list[str]:
+    return [title for metric, _, title in OVERLAID if any(len(record.series(metric)[0]) for record in records)]
+
+
+def _differences(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    known = [(name, commands.flat(record.config)) for record, name in zip(records, names, strict=True)
+             if record.config is not None]
+    without = [name for record, name in zip(records, names, strict=True) if record.config is None]
+    said: list[Block] = []
+    if len(known) > 1:
+        fields = [key for key in known[0][1] if len({repr(values.get(key)) for _, values in known}) > 1]
+        rows = tuple((f"`{key}`", *(code(values.get(key)) for _, values in known)) for key in fields)
+        said.append(Table(("field", *(code(name) for name, _ in known)), rows) if rows else
+                    Text("Their configs are the same in every field."))
+    if without:
+        said.append(Text(f"Imported from a log, which holds no config: {', '.join(map(code, without))}."))
+    return said
+
+
+def _recent(record: Record, metric: str) -> float:
+    values = record.series(metric)[1]
+    return float(values[-WINDOW:].mean()) if len(values) else float("nan")
+
+
+def _last_validation(record: Record) -> str:
+    steps, values = record.series("val/loss")
+    return f"{number(values[-1])} at {steps[-1]:,}" if len(steps) else "–"
+
+
+def _best_validation(record: Record) -> str:
+    best = record.best_validation()
+    return "–" if best is None else f"{number(best[1])} at {best[0]:,}"
+
+
+def _worst(record: Record) -> str:
+    counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
+    return ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "none"

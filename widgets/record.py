@@ -1,0 +1,165 @@
+"""All that a report says of one run, read from its store alone: a live run, one at rest, or an imported one.
+
+n steps, L layers, E experts, K picks of a token.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_core import frames, health
+from moe_core.config import ConfigError, RunConfig
+from moe_core.effects import COLUMNS, between, effects
+from moe_core.health import Finding
+from moe_core.knobs import Knobs
+from moe_core.provenance import META
+from moe_core.store import MAIN, Branch, RunStore, StoreError
+from widgets.marks import Marks
+from widgets.series import Shares
+
+LEAST = 20  # steps that two branches must have of their own to be compared
+
+
+@dataclass(frozen=True)
+class Record:
+    """One branch of a run, as it was when it was read. ``config`` is None for an imported run.
+
+    ``metrics``: per layer too, index step. ``shares_n2LE``: demand and served. ``events``: as of the store.
+    ``partings``: (other branch, last common step, last step compared, :func:`moe_core.effects.between`).
+    """
+
+    name: str
+    path: Path
+    raw_config: dict[str, Any]
+    config: RunConfig | None
+    branch: str
+    branches: list[Branch]
+    last_steps: dict[str, int]  # of each branch
+    metrics: pd.DataFrame
+    shares_n2LE: np.ndarray
+    events: list[dict[str, Any]]
+    event_frame: pd.DataFrame
+    made: dict[str, Any]
+    parent: dict[str, Any] | None  # of a fork: path, branch, step
+    findings: list[Finding]
+    effects: pd.DataFrame
+    knobs: dict[str, float] = field(default_factory=dict)
+    partings: tuple[tuple[str, int, int, pd.DataFrame], ...] = ()
+
+    @classmethod
+    def read(cls, source, branch: str | None = None, told: bool = True) -> Record:
+        """From a run (``mc.Run``, attached or not), a RunStore, or a run's directory, which is only read.
+
+        ``branch``: a name; None is the one that the run stands on. ``told=False`` leaves out effects and partings.
+        Raises StoreError.
+        """
+        if isinstance(source, str | os.PathLike):
+            with RunStore.open(source) as store:
+                return cls.read(store, branch, told)
+        store = getattr(source, "store", source)
+        branches = store.branches()
+        known = {b.name: b.id for b in branches}
+        if branch is not None and branch not in known:
+            raise StoreError(f"branch = {branch!r}: must be one of {', '.join(map(repr, known))}")
+        at = known[branch] if branch is not None else store.get_meta("branch", MAIN)
+        rows = store.read_steps(at)
+        metrics = pd.DataFrame(rows.values, columns=rows.names, index=pd.Index(rows.steps, name="step"))
+        last = int(rows.steps[-1]) if len(rows.steps) else 0
+        events = store.read_events(at)
+        config = _config(store.config)
+        knobs = {} if config is None else _knobs(config, events, last)
+        path = Path(store.path)
+        return cls(
+            name=path.resolve().name, path=path, raw_config=store.config, config=config,
+            branch=next(b.name for b in branches if b.id == at), branches=branches,
+            last_steps={b.name: store.last_step(b.id) for b in branches}, metrics=metrics,
+            shares_n2LE=rows.shares, events=events, event_frame=frames.events(store, at),
+            made=store.get_meta(META) or {}, parent=store.get_meta("parent"),
+            findings=_findings(store, at, last, knobs, config, metrics), knobs=knobs,
+            effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
+            partings=tuple(_partings(store, at, branches)) if told else ())
+
+    @property
+    def last_step(self) -> int:
+        return int(self.metrics.index[-1]) if len(self.metrics) else 0
+
+    @property
+    def n_experts(self) -> int:
+        """E; 0 for a dense model, and where an imported log does not tell."""
+        return self.config.model.n_experts if self.config is not None else self.shares_n2LE.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        return self.config.router.top_k if self.config is not None else 1
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses at all."""
+        return self.n_experts > self.top_k
+
+    @property
+    def marks(self) -> Marks:
+        return Marks.of(self.event_frame)
+
+    def shares(self) -> Shares | None:
+        """The mean over layers; None without experts."""
+        if not self.shares_n2LE.shape[-1]:
+            return None
+        return Shares.of(self.metrics.index.to_numpy(), self.shares_n2LE)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of the logged steps that have a metric; both empty where none has."""
+        if name not in self.metrics:
+            return np.zeros(0, np.int64), np.zeros(0)
+        values = self.metrics[name].to_numpy(float)
+        there = ~np.isnan(values)
+        return self.metrics.index.to_numpy()[there], values[there]
+
+    def best_validation(self) -> tuple[int, float] | None:
+        """(step, lowest val/loss)."""
+        steps, values = self.series("val/loss")
+        return (int(steps[values.argmin()]), float(values.min())) if len(steps) else None
+
+
+def _config(raw: dict) -> RunConfig | None:
+    """None where a run was not made from a config, but imported."""
+    if "imported" in raw:
+        return None
+    try:
+        return RunConfig.from_dict(raw)
+    except ConfigError as error:
+        raise StoreError(f"the run's config is of another version: {error}") from error
+
+
+def _knobs(config: RunConfig, events: list[dict], last: int) -> dict[str, float]:
+    """Each knob's value for the next step."""
+    knobs = Knobs(config)
+    knobs.replay((event["step"], event["payload"]) for event in events if event["kind"] == "knob")
+    return {name: knob.at(last + 1) for name, knob in knobs.items()}
+
+
+def _findings(store, branch, last, knobs, config, metrics) -> list[Finding]:
+    if config is not None:
+        return health.read(store, branch, last, knobs, config)
+    return health.findings(metrics.tail(health.RECENT), knobs, 0)
+
+
+def _partings(store: RunStore, current: int, branches: list[Branch]):
+    """What every other branch has to say of the steps after it and the current one part."""
+    mine, last = dict(store.lineage(current)), store.last_step(current)
+    for other in branches:
+        if other.id == current:
+            continue
+        theirs = dict(store.lineage(other.id))
+        # Up to where both show the same steps: on each branch that both come from, the shorter loan of the two.
+        common = max((min(mine[b], theirs[b]) for b in mine if b in theirs), default=0)
+        upto = min(last, store.last_step(other.id))
+        common = min(common, upto)
+        if upto - common >= LEAST:
+            yield other.name, common, upto, between(store, current, other.id, common, upto)

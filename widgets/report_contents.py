@@ -1,0 +1,312 @@
+"""What a report says, section by section, in the order and the words of the users' own experiment notes."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from moe_core import commands, gates
+from moe_core.presets import preset
+from widgets import compare
+from widgets.marks import say
+from widgets.record import Record
+from widgets.report_blocks import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Entry,
+    Heading,
+    Note,
+    Picture,
+    Pictures,
+    State,
+    Table,
+    Text,
+    Tiles,
+    code,
+    number,
+)
+from widgets.report_figures import ALTS, draw
+from widgets.report_words import assessment, is_expert, observations
+
+LEVEL_OF = {gates.PASSED: "ok", gates.FAILED: "alarm", gates.NOT_REACHED: "none"}
+HOW_TOLD = (
+    "Each turn of a knob stands at the first step that it acted on, with the metrics in which it stands out from the "
+    "noise: an interrupted time series over 50 steps on either side, a smooth trend and autocorrelated noise taken "
+    "into account, Holm's method over all metrics of a turn.")
+SNAPSHOT = ("train/ce", "val/loss", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
+            "router/max_frac_max", "router/active_min", "router/aux_mean", "router/z_mean", "router/drop_frac_mean",
+            "grad/norm", "router/temp", "router/noise_std", "router/load_balance_alpha", "lr", "perf/tok_s")
+
+
+def document(record: Record, answers: Sequence[gates.Answer], baselines: Sequence[Record],
+             base_answers: Sequence[Sequence[gates.Answer]], snapshots: Sequence[int] | None,
+             title: str | None) -> Document:
+    """The whole report. ``answers``: of the gates; ``base_answers``: the same gates' for each baseline."""
+    parts = [_tiles(record, answers), *_setup(record), *_snapshots(record, snapshots), *_observations(record),
+             *_assessment(record), *_timeline(record), *_recommendations(record),
+             *_checklist(answers, baselines, base_answers), *_comparison(record, baselines), *_reproduce(record)]
+    branch = "" if record.branch == "main" else f", branch {code(record.branch)}"
+    written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
+    return Document(title or record.name, f"Experiment report at step {record.last_step:,}{branch}; written {written}",
+                    tuple(parts))
+
+
+def _tiles(record: Record, answers: Sequence[gates.Answer]) -> Tiles:
+    planned = f"of {record.config.optim.max_iters:,} planned" if record.config is not None else "imported"
+    tiles = [("steps", f"{record.last_step:,}", planned, "none")]
+    steps, values = record.series("val/loss")
+    if len(steps):
+        at, best = record.best_validation()
+        tiles.append(("validation loss", number(values[-1]), f"lowest {number(best)} at step {at:,}", "none"))
+    if record.routed and len(record.series("router/entropy_mean")[1]):
+        entropy = record.series("router/entropy_mean")[1][-1]
+        tiles.append(("router entropy", number(entropy, 3),
+                      f"{entropy / math.log(record.n_experts):.2f} of ln {record.n_experts}", "none"))
+    counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
+    worst = next((level for level, n in counts.items() if n), "ok")
+    said = ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "nothing to act on"
+    tiles.append(("router health", {"ok": "ok"}.get(worst, worst), said, worst))
+    if answers:
+        passed = sum(answer.state == gates.PASSED for answer in answers)
+        failed = sum(answer.state == gates.FAILED for answer in answers)
+        level = "alarm" if failed else "ok" if passed == len(answers) else "none"
+        tiles.append(("acceptance", f"{passed} of {len(answers)}", f"{failed} failed", level))
+    return Tiles(tuple(tiles))
+
+
+# ---- setup -----------------------------------------------------------------------------------------------
+
+def _setup(record: Record) -> list[Block]:
+    parts: list[Block] = [Heading("Setup")]
+    rows = [("run", code(record.name)), ("branch", code(record.branch))]
+    if record.parent:
+        rows.append(("forked from", f"{code(record.parent.get('path'))}, step {record.parent.get('step')}"))
+    config = record.config
+    if config is None:
+        rows += [(str(key), code(value)) for key, value in _imported(record).items()]
+        return [*parts, Text("Imported from a log: what the log does not hold is absent here."),
+                Table(("", ""), tuple(rows))]
+    data = config.data
+    rows += [("data", code(data.dataset_name) + (f", {code(data.dataset_config)}" if data.dataset_config else "")),
+             ("seed", str(config.seed)), ("optimizer", f"`{config.optim.optimizer}`"),
+             ("tokens a step", f"{config.tokens_per_step:,}"),
+             ("tokens seen", f"{config.tokens_per_step * record.last_step:,}")]
+    for what, values in record.made.items():
+        rows.append((what, "; ".join(f"{key} {value}" for key, value in values.items())))
+    if not record.made:
+        rows.append(("versions, hardware", "not recorded by this run"))
+    parts += [Code(commands.spell(config), "bash"), Table(("", ""), tuple(rows))]
+    name = shlex.split(commands.spell(config))[3]
+    theirs, mine = commands.flat(preset(name)), commands.flat(config)
+    changed = tuple((f"`{key}`", code(theirs[key]), code(mine[key])) for key in mine if mine[key] != theirs[key])
+    if not changed:
+        return [*parts, Text(f"The config is the preset `{name}` itself.")]
+    return [*parts, Heading(f"Where it differs from the preset {name}", 3),
+            Table(("field", f"`{name}`", "here"), changed)]
+
+
+def _imported(record: Record) -> dict:
+    """What an imported run says of where it came from."""
+    source = record.raw_config["imported"]
+    return {key: value for key, value in source.items() if not isinstance(value, dict | list)} \
+        if isinstance(source, dict) else {"source": source}
+
+
+# ---- snapshots, observations, assessment -----------------------------------------------------------------
+
+def _snapshots(record: Record, wanted: Sequence[int] | None) -> list[Block]:
+    steps = record.metrics.index.to_numpy()
+    if not len(steps):
+        return [Heading("Snapshots"), Text("No step is logged yet.")]
+    chosen = _quarters(record) if wanted is None else sorted(dict.fromkeys(wanted))
+    rows = []
+    for metric in SNAPSHOT:
+        logged, values = record.series(metric)
+        if not len(logged):
+            continue
+        cells = []
+        for step in chosen:
+            k = int(np.searchsorted(logged, step, side="right")) - 1
+            cells.append("–" if k < 0 else number(values[k]) if logged[k] == step
+                         else f"{number(values[k])} (at {logged[k]})")
+        rows.append((metric, *cells))
+    return [Heading("Snapshots"), Table(("metric", *(f"step {step:,}" for step in chosen)), tuple(rows),
+                                        tuple(range(1, len(chosen) + 1)))]
+
+
+def _quarters(record: Record) -> list[int]:
+    """The validated steps, or the logged ones, nearest to each quarter of the way."""
+    logged = record.metrics.index.to_numpy()
+    steps = record.series("val/loss")[0]
+    steps = steps if len(steps) >= 4 else logged
+    near = {int(steps[np.abs(steps - part * logged[-1]).argmin()]) for part in (0.25, 0.5, 0.75)}
+    return sorted(near | {int(logged[-1])})
+
+
+def _observations(record: Record) -> list[Block]:
+    drawn = draw(record)
+    pictures = tuple(Picture(name, drawn[name], ALTS[name], wide=name == "experts") for name in drawn)
+    table = observations(record)
+    return [Heading("Observations"), *([table] if table.rows else []), *([Pictures(pictures)] if pictures else [])]
+
+
+def _assessment(record: Record) -> list[Block]:
+    parts: list[Block] = [Heading("Assessment")]
+    for head, words in assessment(record):
+        parts += [Heading(head, 3), Text(words)]
+    return parts if len(parts) > 1 else [*parts, Text("There is nothing to assess yet.")]
+
+
+# ---- timeline --------------------------------------------------------------------------------------------
+
+def _timeline(record: Record) -> list[Block]:
+    parts: list[Block] = [Heading("Timeline")]
+    if not record.events:
+        return [*parts, Text("No knob was turned, nothing was noted.")]
+    last_turn = {event["step"]: event["id"] for event in record.events if event["kind"] == "knob"}
+    if last_turn:
+        parts.append(Text(HOW_TOLD))
+    for event in record.events:
+        kind, step, payload = event["kind"], event["step"], event["payload"]
+        if kind == "note":
+            parts.append(Entry(step, kind, "Note", (Note(str(payload.get("text", ""))),)))
+        elif kind == "knob":  # what several turns at one step brought stands behind the last of them
+            told = last_turn[step] == event["id"]
+            parts.append(Entry(step, kind, say({**event, **payload}),
+                               tuple(effect_blocks(record.effects, step)) if told else ()))
+        else:
+            parts.append(Entry(step, kind, _happened(event)))
+    return parts
+
+
+def _happened(event: dict) -> str:
+    said = next((event["payload"][key] for key in ("text", "name") if event["payload"].get(key)), None)
+    kind = str(event["kind"]).capitalize()
+    return kind if said is None else f"{kind}: {code(said)}"
+
+
+def effect_blocks(effects: pd.DataFrame, step: int) -> list[Block]:
+    """What the turns at a step brought, in a sentence and a table."""
+    here = effects[effects["step"] == step]
+    here = here[here["knob"] == here["knob"].iloc[0]] if len(here) else here
+    here = _once(here)
+    tested = here[here["stands_out"].notna() & ~here["said"].str.endswith("constant")]
+    cut = sorted({part for said in here["said"] for part in said.split("; ")
+                  if part.startswith(("before:", "after:", "turned"))})
+    ends = f" ({'; '.join(cut)})" if cut else ""
+    if not len(tested):
+        return [Text(f"Too few steps on one side to tell what it brought{ends}.")]
+    found = tested[tested["stands_out"].astype(bool)]
+    if not len(found):
+        return [Text(f"None of {len(tested)} metrics stands out from the noise{ends}.")]
+    rows = tuple((row["metric"], number(row["before"]), number(row["after"]), _signed(row["difference"]),
+                  f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
+    return [Text(f"{len(found)} of {len(tested)} metrics {'stands' if len(found) == 1 else 'stand'} out{ends}."),
+            Table(("metric", "mean before", "mean after", "change beside the trend", "range"), rows, (1, 2, 3, 4))]
+
+
+def _once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the demand of an expert whose served share is the same."""
+    if not len(rows):
+        return rows
+    served = rows.set_index("metric")["after"]
+    same = [is_expert(m) and "_dem_" in m and served.get(m.replace("_dem_", "_srv_")) == after
+            for m, after in zip(rows["metric"], rows["after"], strict=True)]
+    return rows[~np.array(same)]
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value, 3)
+
+
+# ---- recommendations, checklist, comparison --------------------------------------------------------------
+
+def _recommendations(record: Record) -> list[Block]:
+    parts: list[Block] = [Heading("Recommendations")]
+    asking = [finding for finding in record.findings if finding.levers]
+    if not asking:
+        return [*parts, Text("No finding asks for a turn.")]
+    for finding in asking:
+        rows = tuple((f"`{lever.text}`", finding.metric, lever.undo) for lever in finding.levers)
+        parts += [Entry(finding.last, finding.level, f"{finding.level.capitalize()}: {finding.text}",
+                        (Table(("turn", "watch", "undo"), rows),))]
+    return parts
+
+
+def _checklist(answers: Sequence[gates.Answer], baselines: Sequence[Record],
+               base_answers: Sequence[Sequence[gates.Answer]]) -> list[Block]:
+    if not answers:
+        return []
+    rows = []
+    for k, answer in enumerate(answers):
+        others = [State(theirs[k].state, LEVEL_OF[theirs[k].state]) for theirs in base_answers]
+        rows.append((code(answer.gate.text), State(answer.state, LEVEL_OF[answer.state]), answer.says, *others))
+    names = [code(name) for name in compare.labels(baselines)]
+    return [Heading("Acceptance checklist"), Table(("gate", "state", "number", *names), tuple(rows))]
+
+
+def _comparison(record: Record, baselines: Sequence[Record]) -> list[Block]:
+    parts: list[Block] = []
+    if len(record.branches) > 1:
+        names = {branch.id: branch.name for branch in record.branches}
+        rows = tuple((code(b.name), code(names[b.parent]) if b.parent else "", str(b.fork_step or ""),
+                      f"{record.last_steps[b.name]:,}", "this one" if b.name == record.branch else "")
+                     for b in record.branches)
+        parts += [Heading("Branches", 3), Table(("branch", "from", "at step", "last step", ""), rows, (2, 3))]
+        for name, common, upto, table in record.partings:
+            parts += _parting(record, name, common, upto, table)
+    if baselines:
+        both = [record, *baselines]
+        parts += compare.blocks(both, compare.labels(both), level=3)
+    return [Heading("Comparison"), *parts] if parts else []
+
+
+def _parting(record: Record, name: str, common: int, upto: int, table: pd.DataFrame) -> list[Block]:
+    table = table.assign(after=table["b"])
+    table = _once(table)
+    found = table[table["stands_out"].fillna(False).astype(bool)]
+    tested = int(table["stands_out"].notna().sum())
+    said = (f"Over steps {common + 1} to {upto}, on the same batches, {len(found)} of {tested} metrics of "
+            f"{code(name)} stand out from {code(record.branch)}, step by step.")
+    rows = tuple((row["metric"], number(row["a"]), number(row["b"]), _signed(row["difference"]),
+                  f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
+    head = ("metric", code(record.branch), code(name), "difference", "range")
+    return [Text(said), *([Table(head, rows, (1, 2, 3, 4))] if rows else [])]
+
+
+# ---- reproduction ----------------------------------------------------------------------------------------
+
+def _reproduce(record: Record) -> list[Block]:
+    if record.config is None:
+        return []
+    return [Heading("How to reproduce it"), Code(script(record), "python"),
+            Bullets(("On a CPU the same versions give the same numbers to the bit; on a GPU sums have no fixed order.",
+                     "`run.replay()` takes the steps again from config, seed and events alone, and says how far off "
+                     "they are."))]
+
+
+def script(record: Record) -> str:
+    """Python that takes the same steps with the same turns."""
+    lines = ["import moe_core as mc", "", f"cfg = mc.RunConfig.from_command({commands.spell(record.config)!r})",
+             'run = mc.Run.create(mc.free_path("runs/again"), cfg)']
+    done = 0
+    for event in record.events:
+        if event["kind"] != "knob" or event["step"] - 1 > record.last_step:
+            continue
+        if event["step"] - 1 > done:
+            lines.append(f"run.step({event['step'] - 1 - done})")
+            done = event["step"] - 1
+        turn = event["payload"]
+        how = {"hold": f"hold({turn.get('value')!r})", "follow": "follow()",
+               "ramp": f"ramp(to={turn.get('value')!r}, over={turn.get('over')!r})"}[turn["mode"]]
+        lines.append(f"run.knobs[{turn['name']!r}].{how}")
+    if record.last_step > done:
+        lines.append(f"run.step({record.last_step - done})")
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""The figures of a report, by name: the very charts of the panel, each on a figure of its own."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from widgets import charts
+from widgets.figures import figure
+from widgets.record import Record
+
+WIDE, NARROW = 1060, 520  # pixels that they are laid out for
+ALTS = {"loss": "Train and validation loss over steps", "experts": "Each expert's share of the assignments over steps",
+        "utilisation": "Each expert's share at the last step", "layers": "Served share of every expert in every layer",
+        "router": "Router entropy and top-1 probability over steps",
+        "load": "Largest demand of one expert and dropped share over steps",
+        "gradient": "Gradient norm and share of clipped steps over steps"}
+
+
+def draw(record: Record) -> dict[str, go.Figure]:
+    """Every figure that the run has data for: loss, experts, utilisation, layers, router, load, gradient."""
+    metrics, shares, marks = record.metrics, record.shares(), record.marks
+    drawn = {"loss": charts.loss(metrics)} if "train/loss" in metrics or "val/loss" in metrics else {}
+    if shares is not None:
+        E, K = record.n_experts, record.top_k
+        drawn |= {"experts": charts.expert_lines(shares, top_k=K), "router": charts.confidence(metrics, E, top_k=K),
+                  "load": charts.concentration(metrics, E, top_k=K), "utilisation": charts.utilisation(shares),
+                  "layers": charts.layer_heatmap(shares)}
+    if "grad/norm" in metrics:
+        drawn["gradient"] = charts.clipping(metrics)
+    return {name: figure(chart, marks, WIDE if name == "experts" else NARROW) for name, chart in drawn.items()}
