@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_core.model.experts import Experts, experts_grouped, experts_loop
+from moe_core.model.experts import Biases, Experts, experts_grouped, experts_loop
 from moe_core.model.router import RouterControls, Routing, route
 
 D, WIDTH_F = 16, 24
@@ -57,17 +57,40 @@ def test_grouped_equals_loop(E, K, T, favourite, dropless):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def with_biases(seed, E):
+    """(x, routing, weights) -> the same with random biases behind the weights, as leaves of one call."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(E, size, generator=generator) for size in (WIDTH_F, WIDTH_F, D)]
+
+
+@pytest.mark.parametrize("E, K", CASES)
+@pytest.mark.parametrize("T, favourite, dropless", [(33, None, True), (3, None, True), (20, 0, False)])
+def test_grouped_equals_loop_with_biases_too(E, K, T, favourite, dropless):
+    """Output and all gradients, those of the biases included; a dropped assignment adds no bias either."""
+    x, routing, weights = inputs(13 * E + K + T, T, E, K, favourite, dropless)
+    six = [*weights, *with_biases(E + T, E)]
+
+    def on(path):
+        return lambda x, routing, *six: path(x, routing, *six[:3], Biases(*six[3:]))
+    loop, grouped = (output_and_gradients(on(path), x, routing, six) for path in (experts_loop, experts_grouped))
+    for name, expected, actual in zip((*NAMES, "d b_gate", "d b_up", "d b_down"), loop, grouped, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert not grouped[0][~routing.kept_TK.any(-1)].any()
+
+
 @pytest.mark.parametrize("E, K", CASES)
 def test_loop_equals_the_formula_token_by_token(E, K):
     """y_t is the weighted sum over the kept picks of t, and of nothing else."""
     x, routing, (w_gate, w_up, w_down) = inputs(E + K, 9, E, K, dropless=False)
+    b = Biases(*with_biases(K, E))
     expected = torch.zeros_like(x)
     for t in range(9):
         for k in range(K):
             e, weight = routing.experts_TK[t, k], routing.weights_TK[t, k]
             if routing.kept_TK[t, k]:
-                expected[t] += weight * (F.silu(x[t] @ w_gate[e]) * (x[t] @ w_up[e])) @ w_down[e]
-    torch.testing.assert_close(experts_loop(x, routing, w_gate, w_up, w_down), expected)
+                hidden = F.silu(x[t] @ w_gate[e] + b.gate[e]) * (x[t] @ w_up[e] + b.up[e])
+                expected[t] += weight * (hidden @ w_down[e] + b.down[e])
+    torch.testing.assert_close(experts_loop(x, routing, w_gate, w_up, w_down, b), expected)
 
 
 @pytest.mark.parametrize("dropless", [True, False])

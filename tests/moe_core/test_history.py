@@ -16,6 +16,9 @@ VARIANTS = {
     "dense": dict(n_experts=0),
     "muon and sophia in mid-cycle": dict(optimizer="muon_sophia", sophia_k=4),
     "sophia": dict(optimizer="sophia", sophia_k=3),
+    "bias balancing": dict(balance="both", bias_update_speed=0.05, gradient_accumulation_steps=2),
+    "dropout, biases, a dense block, recomputed": dict(dropout=0.2, bias=True, skip_first_n_moe=1,
+                                                       activation_checkpointing=True),
     "muon and adamw": dict(optimizer="muon_adamw", starved_experts="skip"),
 }
 

@@ -16,13 +16,14 @@ def router_row(run):
     """The last row's router metrics that a batch decides, as they are stored."""
     row = run.metrics(per_layer=True).iloc[-1]
     knobs = {"router/temp", "router/noise_std", "router/load_balance_alpha", "router/z_loss_coef",
-             "router/capacity_factor"}
+             "router/capacity_factor", "router/bias_update_speed"}
     return {name: value for name, value in row.items() if name.startswith("router/") and name not in knobs}
 
 
 CASES = {
     "dropless": {},
     "capacity": dict(dropless=False, capacity_factor=0.7),
+    "balanced by a bias": dict(balance="bias", bias_update_speed=0.1, skip_first_n_moe=1, dropout=0.2),
     "two picks": dict(top_k=2, norm_topk_prob=True),
     "two picks, capacity, gaussian": dict(top_k=2, dropless=False, capacity_factor=0.6, router_noise_type="gaussian"),
 }
