@@ -10,6 +10,7 @@ S block_size, T tokens of the probe.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,13 +23,14 @@ from torch import Tensor
 from moe_core import checkpoint
 from moe_core.config import RunConfig
 from moe_core.data import open_data
+from moe_core.data.pretrained import load_pretrained
 from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.model import RouterControls, Routing, Transformer
 from moe_core.model.router import Router
 from moe_core.session import BUSY, Command
 from moe_core.token_text import TokenText, classes_of, pieces_of
-from moe_core.trainer import Trainer, resolve_device
+from moe_core.trainer import Trainer, resolve_device, resolve_dtype
 
 PROBE_TOKENS = 4096  # of the validation text, where no text is given; one window at least
 MAX_TOKENS = 1 << 16  # of given texts: what is kept is 13 bytes a pick and layer
@@ -126,9 +128,14 @@ def _of_validation(source: Source, size: int) -> Probe:
 
 def _source(run) -> Source:
     if run not in _sources:
-        data = open_data(run.config, pin=False, say=print)
-        data.train.close()
-        _sources[run] = Source(data.validation, TokenText(_tokenizer(data.tokenizer)), data.end_of_text)
+        trainer, name = run._trainer, run.config.data.tokenizer
+        if trainer is not None and name:  # what was streamed from afar is not streamed again
+            named = load_pretrained(name)
+            _sources[run] = Source(trainer.validation, TokenText(named.backend), named.end_of_text)
+        else:
+            data = open_data(run.config, pin=False, say=print)
+            data.train.close()
+            _sources[run] = Source(data.validation, TokenText(_tokenizer(data.tokenizer)), data.end_of_text)
     return _sources[run]
 
 
@@ -139,9 +146,7 @@ def _tokenizer(name: str | None):
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(name)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
+    return load_pretrained(name).backend
 
 
 # ---- the weights -----------------------------------------------------------------------------------------------
@@ -190,7 +195,8 @@ def _present(run) -> Weights:
         # It runs on the training thread, which no error of this may stop.
         if answer.set_running_or_notify_cancel():
             try:
-                answer.set_result(None if trainer is None else _copied(trainer))
+                # Weights of an update that was cut short are of no step: the newest saved state is shown instead.
+                answer.set_result(_copied(trainer) if trainer is not None and trainer.whole else None)
             except Exception as error:
                 answer.set_exception(error)
 
@@ -231,32 +237,42 @@ def _values(knobs: Knobs, step: int) -> dict[str, float]:
 
 # ---- the reading -----------------------------------------------------------------------------------------------
 
+class _Enough(Exception):
+    """Every router has answered."""
+
+
 @torch.no_grad()
 def _read(config: RunConfig, weights: Weights, probe: Probe, text: TokenText) -> Inspection:
     """Each window by itself, so that short ones need no padding and room is counted over real tokens alone."""
     device = resolve_device(config)
     with torch.device("meta"):  # no weight is drawn, and no memory taken
         model = Transformer(config.model, config.router, experts_impl=config.experts_impl,
-                            compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+                            compute_dtype=resolve_dtype(config, device))
     model.load_state_dict(weights.model, assign=True)
     model = model.to(device).eval()
     controls = RouterControls.constant(weights.knobs["router_temp"], 0.0, weights.knobs.get(
         "capacity_factor", config.router.capacity_factor), device)
     routed: list[Routing] = []
+
+    def hear(router: Router, inputs: tuple, routing: Routing) -> None:
+        routed.append(routing)
+        if len(routed) == config.model.n_moe_layer:
+            raise _Enough  # the head would be a third of the work, and [S, V] logits that nobody reads
+
     for module in model.modules():
         if isinstance(module, Router):
-            module.register_forward_hook(lambda router, inputs, routing: routed.append(routing))
+            module.register_forward_hook(hear)
     by_window = []
     for window in probe.windows:
-        model(torch.tensor([window], device=device), controls=controls)
+        with contextlib.suppress(_Enough):
+            model(torch.tensor([window], device=device), controls=controls)
         by_window.append([torch.stack([getattr(routing, name) for routing in routed]).cpu()
                           for name in ("experts_TK", "weights_TK", "kept_TK")])
         routed.clear()
     experts, picked, kept = (_frozen(torch.cat(parts, 1).numpy()) for parts in zip(*by_window, strict=True))
     return Inspection(
         step=weights.step, n_experts=config.model.n_experts, experts=experts, weights=picked, kept=kept,
-        blocks=tuple(at for at, block in enumerate(model.blocks)
-                     if any(isinstance(module, Router) for module in block.modules())),
+        blocks=tuple(range(config.model.n_layer - config.model.n_moe_layer, config.model.n_layer)),
         windows=_frozen(np.repeat(np.arange(len(probe.windows)), [len(w) for w in probe.windows])),
         **_as_text(probe, text))
 

@@ -34,7 +34,8 @@ def direct(run, window):
 
 @pytest.mark.parametrize("changes", (
     {}, dict(top_k=2, norm_topk_prob=True), dict(top_k=2, dropless=False, capacity_factor=0.6),
-    dict(n_layer=3, skip_first_n_moe=1)), ids=("one pick", "two picks", "capacity", "a dense block first"))
+    dict(n_layer=3, skip_first_n_moe=1), dict(balance="bias", bias_update_speed=3.0)),
+    ids=("one pick", "two picks", "capacity", "a dense block first", "a balance bias"))
 def test_assignments_are_those_of_a_forward_pass_without_noise(tiny_run, changes):
     """Every pick, weight and drop of a text longer than the model's window, as the run's own model makes them."""
     run = tiny_run(**changes)
@@ -139,6 +140,20 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
         run.close()
 
 
+def test_weights_of_an_update_that_was_cut_short_are_not_shown(tiny_run):
+    """They are of no step; what is shown is the newest state that was saved."""
+    run = tiny_run()
+    run.step(2)
+    run.checkpoint("two")
+    want = run.inspect(TEXT)
+    with torch.no_grad():
+        run._trainer.model.blocks[0].attn.o_proj.weight.add_(1.0)
+    run._trainer.whole = False
+    assert np.array_equal(run.inspect(TEXT).weights, want.weights)
+    run._trainer.whole = True
+    assert not np.array_equal(run.inspect(TEXT).weights, want.weights)
+
+
 def test_the_probe_without_a_text_is_the_runs_validation(tiny_run):
     """The same windows at every call, those that validation reads, cut into documents at the end of a text."""
     run = tiny_run(eval_iters=3)
@@ -149,6 +164,18 @@ def test_the_probe_without_a_text_is_the_runs_validation(tiny_run):
     ends = [(at + 1) % 32 != 0 and first.windows[at] == first.windows[at + 1] and token == 0
             for at, token in enumerate(first.token_ids[:-1])]
     assert first.documents.max() == len(rows) - 1 + sum(ends)
+
+
+def test_an_array_of_ids_has_numbers_for_text(tiny_run, tmp_path):
+    """Without a tokenizer a token reads as its number, the classes say nothing, and a text is refused."""
+    ids = np.random.default_rng(random.randrange(2**32)).integers(0, 512, 20_000).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", ids)
+    run = tiny_run(dataset_name=str(tmp_path / "tokens.npy"))
+    found = run.inspect()
+    assert found.pieces == tuple(f"[{token}]" for token in found.token_ids)
+    assert found.mutual_information()["normalised"].isna().all() and len(found.tokens_of(0, 0)) > 0
+    with pytest.raises(ValueError, match="this run has no tokenizer"):
+        run.inspect(TEXT)
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(tiny_run):
@@ -329,3 +356,21 @@ def test_each_token_is_of_the_class_that_its_place_in_the_text_gives_it():
         "keyword", "word start", "continuation", "punctuation", "word start", "continuation", "punctuation", "newline",
         "keyword", "space", "number", "number", "word start", "continuation", "byte", "punctuation", "space", "special",
         "word start"]
+
+
+def test_tokenizers_that_are_not_byte_level_are_read_too():
+    """Bytes in angle brackets and the sign for a space (SentencePiece), and pieces of words (WordPiece)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bytes_of_emoji = [f"<0x{b:02X}>" for b in "🧿".encode()]
+    vocab = {token: i for i, token in enumerate(["<unk>", "▁", "t", "h", "▁t", "▁th", "e", "▁the", *bytes_of_emoji])}
+    sentence = Tokenizer(models.BPE(vocab, [("▁", "t"), ("▁t", "h"), ("▁th", "e")], byte_fallback=True,
+                                    unk_token="<unk>"))
+    sentence.pre_tokenizer = pre_tokenizers.Metaspace()
+    sentence.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "route": 1, "##r": 2, "##s": 3}, unk_token="[UNK]"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    for tokenizer, text, want in ((sentence, "the 🧿", [b" the", b" ", *([b] for b in "🧿".encode())]),
+                                  (pieces, "routers route", [b" route", b"r", b"s", b" route"])):
+        read = TokenText(tokenizer)
+        assert [read.bytes_of(i) for i in read.encode(text)] == [bytes(one) for one in want]
