@@ -1,7 +1,9 @@
 """Mirrors against trackers that work, raise and hang; and the real packages, offline, where they are installed."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -171,7 +173,7 @@ def test_what_was_not_sent_is_counted_and_sent_at_the_next_opening(mirrored):
 
 
 def test_a_run_starts_and_stops_its_mirrors(tiny_run, tmp_path, monkeypatch):
-    """The config alone starts them, closing the run flushes them, and a run that is let go is not kept by them."""
+    """The config alone starts them, closing the run flushes them, and a run that is let go unclosed is not kept."""
     kind = type("Kind", (Recorder,), {"lines": []})
     monkeypatch.setitem(mirrors.TRACKERS, "tensorboard", kind)
     run = tiny_run(mirrors="tensorboard")
@@ -182,7 +184,11 @@ def test_a_run_starts_and_stops_its_mirrors(tiny_run, tmp_path, monkeypatch):
     again.step(1)
     again.close()
     assert [step for step, _, _ in kind.lines[1].rows] == [4]
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("moe-mirror-")]
+    let_go = mc.Run.open(tmp_path / "run")
+    kept = weakref.ref(let_go.store)
+    del let_go
+    until(lambda: gc.collect() is not None and kept() is None)
+    until(lambda: not [t.name for t in threading.enumerate() if t.name.startswith("moe-mirror-")])
 
 
 def test_tensorboard_has_the_same_names_steps_and_values(tiny_run):
