@@ -15,10 +15,14 @@ RATES = {"adamw": ("learning_rate", "embed_lr"), "muon_adamw": ("muon_lr", "lear
 
 
 def rates(config: RunConfig) -> dict[str, float]:
-    """The config's two peak rates by field; an ``embed_lr`` of None is the rate of the rest."""
+    """The config's peak rates by field: its optimizer's two, and an ``embed_lr`` that a mix has beside them.
+
+    Under the others the embedding's is the second; where it is None it is the rate of the rest.
+    """
     first, second = RATES[config.optim.optimizer]
-    peak = getattr(config.optim, first)
-    return {first: peak, second: getattr(config.optim, second) or peak}
+    peak, embed = getattr(config.optim, first), config.optim.embed_lr
+    found = {first: peak, second: getattr(config.optim, second) or peak}
+    return found if embed is None else found | {"embed_lr": embed}
 
 
 def with_rates(config: RunConfig, **changes) -> RunConfig:
@@ -71,7 +75,8 @@ class Search:
 
     def trial(self, config: RunConfig, pair: tuple[float, float]) -> RunConfig:
         """What one run of the search is made of."""
-        scaled = {name: rate * m for (name, rate), m in zip(rates(config).items(), pair, strict=True)}
+        first = RATES[config.optim.optimizer][0]
+        scaled = {name: rate * pair[name != first] for name, rate in rates(config).items()}
         short = stretched(config, self.steps).replace(eval_interval=self.steps, seed=self.seed)
         return with_rates(short, **scaled)
 

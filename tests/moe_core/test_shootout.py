@@ -148,6 +148,17 @@ def test_a_search_gives_each_entry_the_same_budget_and_the_best_of_its_rates(tin
         assert (optim.max_iters, optim.min_lr / optim.learning_rate) == (8, pytest.approx(0.1))
 
 
+def test_a_search_moves_every_rate_of_an_entry(tiny):
+    """The matrices' by the first multiplier of a pair, the rest and the embedding by the second; the floor by none."""
+    search = Search((0.5, 4.0), steps=6, seed=0)
+    for name, first in (("adamw", "learning_rate"), ("muon_adamw", "muon_lr"), ("sophia", "sophia_lr")):
+        base = tiny(optimizer=name, embed_lr=0.02)
+        before, after = rates(base), rates(search.trial(base, (0.5, 4.0)))
+        assert {n: after[n] / before[n] for n in after} == pytest.approx({n: 0.5 if n == first else 4 for n in before})
+        assert "embed_lr" in after
+    assert rates(tiny(optimizer="sophia", sophia_lr=0.01)) == {"sophia_lr": 0.01, "embed_lr": 0.01}
+
+
 def test_a_run_that_diverges_is_said_and_the_others_go_on(tiny, tmp_path):
     """A rate beyond all measure ends its run; the table has the others, and a note."""
     made = Shootout.create(tmp_path / "s", tiny(), ["adamw", "sophia"], steps=8,
