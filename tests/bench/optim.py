@@ -9,18 +9,15 @@ are medians over rounds.
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moe_core import preset
+from moe_core.bench.harness import held_bytes, peak_bytes, wait
 from moe_core.model import Transformer
 from moe_core.optim import Muon, build_optimizer, measured_step, sampled_gradients
 
@@ -46,11 +43,6 @@ def interleaved(sides: dict[str, Callable[[], object]], rounds: int, device: tor
             if turn >= 0:
                 took[name].append(time.perf_counter() - began)
     return took
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(took: dict[str, list[float]], name: str, base: str) -> str:
@@ -82,23 +74,6 @@ def megabytes(optimizer: torch.optim.Optimizer) -> float:
     return sum(v.numel() * v.itemsize for v in state) / 1e6
 
 
-def peak_over(step: Callable[[], object], device: torch.device) -> float:
-    """Largest sum of live allocations during one step, over that at its start, in MB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    changes = [e["args"]["Bytes"] for e in sorted(
-        (e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])]
-    return max(itertools.accumulate(changes), default=0) / 1e6
-
-
 def against_adamw(model_name: str, rounds: int, device: torch.device) -> None:
     base = preset(model_name)
     batch = base.optim.batch_size
@@ -123,7 +98,7 @@ def against_adamw(model_name: str, rounds: int, device: torch.device) -> None:
         if kind in built:
             optimizer = built[kind][1]
             line += (f"  state {megabytes(optimizer):7.1f} MB, "
-                     f"during a step {peak_over(optimizer.step, device):6.1f} more")
+                     f"during a step {peak_bytes(optimizer.step, device, held_bytes(device)) / 1e6:6.1f} more")
         print(line)
 
     # A micro-batch's forward and backward, and the same with a Hessian pass's labels and chosen parameters.

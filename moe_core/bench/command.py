@@ -1,0 +1,91 @@
+"""``moe bench``: one table a command, its figures to JSON.
+
+    moe bench                                   nano on a CPU, moe-203m on a GPU, against every peer installed
+    moe bench --compiled --dtype bfloat16       compiled sides too
+    moe bench --scale                           against experts, picks, width and sequence
+    moe bench --parts                           where a step's time goes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from moe_core.bench import parts, scale
+from moe_core.bench.harness import Side, built, ceilings, interleave, machine, ratio
+from moe_core.bench.sides import makers
+from moe_core.presets import preset
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s that the maker states, without sparsity
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a preset (default: nano on a CPU, moe-203m on a GPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--dtype", help="float32 or bfloat16, of the computation (default: float32 on a CPU)")
+    parser.add_argument("--batch-size", type=int, help="sequences (default: the preset's; 32 on a GPU)")
+    parser.add_argument("--block-size", type=int, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
+    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser.add_argument("--only", default="", help="sides whose name has one of these words, with commas")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, ours and the peer's")
+    parser.add_argument("--scale", action="store_true", help="how speed and memory change with the shape")
+    parser.add_argument("--parts", action="store_true", help="where a step's time goes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the table that ``args`` ask for."""
+    device = args.device
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    else:
+        torch.set_float32_matmul_precision("high")
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    config = preset(args.model or ("nano" if device.type == "cpu" else "moe-203m"), gradient_accumulation_steps=1)
+    batch = args.batch_size or (32 if device.type == "cuda" else config.optim.batch_size)
+    config = config.replace(batch_size=batch, block_size=args.block_size or config.model.block_size)
+    about = machine(device) | {"dtype": str(dtype).removeprefix("torch.")}
+    about |= {name: round(value / 1e9, 1) for name, value in ceilings(device, dtype).items()}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), "(ceilings in 1e9 a second)")
+    print(f"a step is {batch} x {config.model.block_size} tokens")
+    if args.parts:
+        rows = parts.table(config, device, dtype, args.rounds)
+    elif args.scale:
+        rows = scale.table(config, device, dtype, args.rounds, args.seconds)
+    else:
+        rows = compare(args, config, device, dtype, about)
+    if args.json:
+        draft = args.json.with_name(f".{args.json.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+        draft.replace(args.json)
+
+
+def compare(args, config, device, dtype, about) -> list[dict]:
+    words = [word for word in args.only.split(",") if word]
+    wanted = {name: make for name, make in makers(config, device, dtype, args.compiled).items()
+              if not words or any(word in name for word in words)}
+    sides = built(wanted, device, warmup=3)
+    if not sides:
+        raise ValueError(f"--only {args.only!r}: no side is left; there are {', '.join(wanted) or 'none of that name'}")
+    interleave(sides, args.rounds, args.seconds, device)
+    peak = next((value for name, value in PEAK.items() if name in str(about["device"])), about["matmul_flops"] * 1e9)
+    stated = "the maker's" if peak in PEAK.values() else "the measured matmul"
+    print(f"\nMFU: FLOPs in the PaLM convention over {stated} {peak / 1e12:.2f} TFLOP/s; "
+          f"ratio: tokens for tokens over the first row, quartiles of {args.rounds} rounds")
+    print(f"{'':44s} {'tokens/s':>10s} {'MFU':>6s} {'peak MB':>9s}  ratio")
+    return [_row(side, sides[0], peak) for side in sides]
+
+
+def _row(side: Side, base: Side, peak: float) -> dict:
+    low, middle, high = ratio(side, base)
+    mfu = None if side.flops_per_token is None else side.flops_per_token * side.tok_s / peak
+    print(f"{side.name:44s} {side.tok_s:10,.0f} {'' if mfu is None else f'{mfu:.1%}':>6s} "
+          f"{side.peak_bytes / 1e6:9,.0f}  {middle:.2f} ({low:.2f} to {high:.2f})")
+    return {"name": side.name, "tokens_s": side.tok_s, "mfu": mfu, "peak_bytes": side.peak_bytes,
+            "ratio": middle, "ratio_low": low, "ratio_high": high, "seconds": side.seconds}

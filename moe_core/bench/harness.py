@@ -1,0 +1,158 @@
+"""Timing that can be believed: all sides in one process, in turns, with a null control and the machine's own ceilings.
+
+A side that fails is said and left out; the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Side:
+    """One entry of a table: ``step()`` does one whole optimizer step over ``tokens`` tokens."""
+
+    name: str
+    step: Callable[[], object]
+    tokens: int
+    flops_per_token: int | None = None
+    peak_bytes: int | None = None  # of everything that it holds and makes in a step
+    seconds: list[float] = field(default_factory=list)  # a step, by round
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / statistics.median(self.seconds)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup: int,
+          say: Callable[[str], None] = print) -> list[Side]:
+    """The sides that can be made and take ``warmup`` steps here; of the others ``say`` hears why not."""
+    sides = []
+    for name, make in makers.items():
+        began = time.perf_counter()
+        try:
+            held = held_bytes(device)
+            side = make()
+            for _ in range(warmup):
+                side.step()
+            side.peak_bytes = peak_bytes(side.step, device, held)
+        except Exception as error:  # whatever an optional peer raises, the table goes on without it
+            why = (str(error).strip().splitlines() or ["no reason given"])[0][:150]
+            say(f"{name}: left out, {type(error).__name__}: {why}")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        say(f"{name}: ready after {time.perf_counter() - began:.1f} s")
+        sides.append(side)
+    return sides
+
+
+def interleave(sides: list[Side], rounds: int, seconds: float, device: torch.device) -> None:
+    """Time every side in every round, the one that goes first changing; about ``seconds`` a side and round."""
+    steps = {}
+    for side in sides:
+        wait(device)
+        began = time.perf_counter()
+        side.step()
+        wait(device)
+        steps[side.name] = max(1, round(seconds / (time.perf_counter() - began)))
+    for turn in range(rounds):
+        at = turn % len(sides)
+        for side in sides[at:] + sides[:at]:
+            wait(device)
+            began = time.perf_counter()
+            for _ in range(steps[side.name]):
+                side.step()
+            wait(device)
+            side.seconds.append((time.perf_counter() - began) / steps[side.name])
+
+
+def ratio(side: Side, base: Side) -> tuple[float, float, float]:
+    """Quartiles over rounds of how much faster ``side`` is than ``base``, tokens for tokens."""
+    pairs = [(b / base.tokens) / (a / side.tokens) for a, b in zip(side.seconds, base.seconds, strict=True)]
+    return tuple(statistics.quantiles(pairs, n=4)) if len(pairs) > 1 else (pairs[0],) * 3
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes in use on a GPU now; 0 on a CPU, where torch does not count."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device, held: int = 0) -> int:
+    """Bytes at the highest point: on CUDA over what was there before the side; on a CPU over a step's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - held
+    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                          profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    changes = [e["args"]["Bytes"] for e in sorted(
+        (e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])]
+    return max(itertools.accumulate(changes), default=0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's native chatter goes nowhere."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this machine does at best, measured: FLOP/s of a square matrix product, bytes/s of a copy."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    big = torch.empty((1 << 28) if device.type == "cuda" else (1 << 25), device=device)  # float32
+    product, copy = (_best(work, device) for work in (lambda: a @ b, lambda: big.clone()))
+    return {"matmul_flops": 2 * n**3 / product, "copy_bytes": 2 * big.nbytes / copy}
+
+
+def _best(work: Callable[[], object], device: torch.device, times: int = 7) -> float:
+    took = []
+    for _ in range(times):
+        wait(device)
+        began = time.perf_counter()
+        work()
+        wait(device)
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the figures belong to."""
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")}

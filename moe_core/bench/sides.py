@@ -1,0 +1,126 @@
+"""What is compared: this project's ways to compute a model, the same model dense, and Hugging Face's of the same shape.
+
+Every side takes the same step: forward, the gradient of its training loss, clipping at 1, AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_core.bench.harness import Side
+from moe_core.config import RunConfig
+from moe_core.data import Batches
+from moe_core.knobs import Knobs
+from moe_core.model import RouterControls, Transformer
+from moe_core.optim import build_optimizer
+from moe_core.trainer import Trainer
+
+PEERS = {"Qwen3-MoE": "Qwen3Moe", "Mixtral": "Mixtral", "OLMoE": "Olmoe"}
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+
+
+def dense_twin(config: RunConfig) -> RunConfig:
+    """The dense model that spends as much on a token: an MLP as wide as its K experts together."""
+    return config.replace(n_experts=0, mlp="swiglu", top_k=1, norm_topk_prob=False, expert_width=None,
+                          mlp_width=config.router.top_k * config.model.ff_width)
+
+
+def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str = "grouped", *,
+         compile: bool = False, name: str = "") -> Side:
+    """This project's model, a bare loop around it: no metrics, no store."""
+    model = Transformer(config.model, config.router, compute_dtype=dtype, experts_impl=impl, seed=0).to(device)
+    if compile:
+        model.compute = torch.compile(model.compute, dynamic=False)
+    optimizer, tokens = build_optimizer(config.optim, model), _tokens(config, device)
+    controls, noise = None, torch.Generator(device).manual_seed(0)
+    alpha, z = config.router.load_balance_alpha, config.router.router_z_loss_coef
+    if config.model.n_experts:
+        controls = RouterControls.constant(1.5, 0.5, config.router.capacity_factor, device)
+    model.train()
+
+    def step():
+        optimizer.zero_grad()
+        losses = model(tokens[:, :-1], tokens[:, 1:], controls=controls, generator=noise).losses
+        loss = losses["ce"]
+        if "balance" in losses:
+            loss = loss + alpha * losses["balance"] + z * losses["z"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return Side(name or impl, step, tokens[:, 1:].numel(), model.flops_per_token())
+
+
+def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *, name: str) -> Side:
+    """The stepwise trainer itself: every metric of a step, checked and on the host before the update."""
+    config = config.replace(eval_interval=0, gradient_accumulation_steps=1, device=device.type,
+                            compute_dtype=str(dtype).removeprefix("torch."))
+    ids = torch.randint(0, config.model.vocab_size, (64 * config.tokens_per_step + 1,)).int().numpy()
+    batches = Batches(ids, config.model.block_size, config.optim.batch_size, seed=0, pin=device.type == "cuda")
+    trainer = Trainer(config, Knobs(config, device), batches, [])
+    return Side(name, lambda: trainer.step(validate=False), config.tokens_per_step, trainer.model.flops_per_token())
+
+
+def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str, *,
+         compile: bool = False, name: str = "") -> Side:
+    """Hugging Face's model of the same shape, with its own router loss, its weights in ``dtype``'s autocast."""
+    import transformers
+
+    m, prefix = config.model, PEERS[family]
+    shape = dict(
+        vocab_size=m.vocab_size, hidden_size=m.d_model, num_hidden_layers=m.n_layer, num_attention_heads=m.n_head,
+        num_key_value_heads=m.kv_heads, head_dim=m.head_dim, max_position_embeddings=m.block_size,
+        num_experts_per_tok=config.router.top_k, tie_word_embeddings=True, output_router_logits=True,
+        router_aux_loss_coef=config.router.load_balance_alpha, use_cache=False)
+    if prefix == "Mixtral":
+        shape |= dict(num_local_experts=m.n_experts, intermediate_size=m.ff_width)
+    else:
+        shape |= dict(num_experts=m.n_experts, intermediate_size=m.ff_width, norm_topk_prob=False)
+    if prefix == "Qwen3Moe":
+        shape |= dict(moe_intermediate_size=m.ff_width)
+    settings = getattr(transformers, f"{prefix}Config")(**shape)
+    settings._experts_implementation = impl
+    model = getattr(transformers, f"{prefix}ForCausalLM")(settings).to(device)
+    mixed = dtype is not torch.float32
+    if mixed:  # autocast does not reach grouped_mm: the weights themselves are cast, as its users do
+        model = model.to(dtype)
+    run = torch.compile(model, dynamic=False) if compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens = _tokens(config, device)[:, :-1].contiguous()
+
+    def step():
+        optimizer.zero_grad()
+        run(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return Side(name or f"{family} {impl}", step, tokens.numel())
+
+
+def makers(config: RunConfig, device: torch.device, dtype: torch.dtype,
+           compiled: bool) -> dict[str, Callable[[], Side]]:
+    """Every side by name, to be built one by one."""
+    made: dict[str, Callable[[], Side]] = {}
+
+    def add(name: str, make: Callable[..., Side], *args, **options) -> None:
+        made[name] = lambda: make(*args, name=name, **options)
+    add("ours, grouped", ours, config, device, dtype)
+    add("ours, grouped again", ours, config, device, dtype)
+    add("ours, loop", ours, config, device, dtype, "loop")
+    add("ours, dense of equal active parameters", ours, dense_twin(config), device, dtype)
+    add("ours, trainer with all metrics", with_metrics, config, device, dtype)
+    for family in PEERS:
+        # batched_mm copies an expert's weights for every token: gigabytes, and minutes on a CPU
+        for impl in IMPLEMENTATIONS[:2 + (device.type == "cuda")] if family == "Qwen3-MoE" else ("grouped_mm",):
+            add(f"{family}, {impl}", peer, family, config, device, dtype, impl)
+    if compiled:
+        add("ours, compiled", ours, config, device, dtype, compile=True)
+        add("ours, dense compiled", ours, dense_twin(config), device, dtype, compile=True)
+        add("Qwen3-MoE, grouped_mm, compiled", peer, "Qwen3-MoE", config, device, dtype, "grouped_mm", compile=True)
+    return made
+
+
+def _tokens(config: RunConfig, device: torch.device) -> Tensor:
+    shape = (config.optim.batch_size, config.model.block_size + 1)
+    return torch.randint(0, config.model.vocab_size, shape, device=device)

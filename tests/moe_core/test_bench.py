@@ -1,0 +1,53 @@
+"""The benchmark's own promises: every side takes the same step, and one that fails leaves the rest standing."""
+
+import argparse
+import json
+
+import torch
+
+from moe_core.bench import command, sides
+from moe_core.bench.harness import Side, built, interleave, ratio
+
+CPU = torch.device("cpu")
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(["--rounds", "2", "--seconds", "0", *words])
+
+
+def test_a_side_that_fails_is_said_and_left_out(tmp_path):
+    """The others are timed in every round; nothing is raised."""
+    said, steps = [], []
+
+    def broken():
+        raise ImportError("no such peer\nwith a long story")
+    made = {"good": lambda: Side("good", lambda: steps.append(1), 10), "broken": broken,
+            "twice": lambda: Side("twice", lambda: (steps.append(1), steps.append(1)), 20)}
+    kept = built(made, CPU, warmup=1, say=said.append)
+    interleave(kept, 3, 0.0, CPU)
+    assert [side.name for side in kept] == ["good", "twice"] and all(len(side.seconds) == 3 for side in kept)
+    assert "broken: left out, ImportError: no such peer" in said
+    kept[0].seconds, kept[1].seconds = [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]
+    assert ratio(kept[1], kept[0]) == (2.0, 2.0, 2.0)  # tokens for tokens
+
+
+def test_a_table_has_a_row_for_each_side_and_goes_to_json(tmp_path, capsys):
+    """Ours, the peer and the dense twin on a small shape: tokens/s, MFU and ratio, on the screen and in the file."""
+    out = tmp_path / "rows.json"
+    words = "ours, grouped,dense of equal,Qwen3-MoE, grouped_mm"
+    command.main(arguments("--batch-size", "1", "--block-size", "16", "--only", words, "--json", str(out)))
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert {"ours, grouped", "ours, dense of equal active parameters", "Qwen3-MoE, grouped_mm"} <= set(rows)
+    assert all(row["tokens_s"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert all(name in capsys.readouterr().out for name in ["tokens/s"])
+
+
+def test_the_dense_side_spends_what_the_routed_side_spends(tiny):
+    """Equal FLOPs a token but for the router's own matrix, for K experts of any width."""
+    for changes in (dict(), dict(top_k=2, norm_topk_prob=True)):
+        config = tiny(**changes)
+        routed, dense = (sides.ours(c, CPU, torch.float32, name="x") for c in (config, sides.dense_twin(config)))
+        router = 6 * config.model.n_layer * config.model.d_model * config.model.n_experts
+        assert routed.flops_per_token - dense.flops_per_token == router
