@@ -38,7 +38,7 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
     try:
         stat = path.stat()
         if path.suffix.lower() == ".npy":
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = np.lib.format.open_memmap(path, mode="r")
         else:
             size = np.dtype(data.token_dtype).itemsize
             if stat.st_size % size:

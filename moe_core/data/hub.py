@@ -71,7 +71,7 @@ class Documents:
                     raise
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 if not is_dropped(error):
-                    raise self._refused(reason, opened) from error
+                    raise self._refused(error, reason, opened) from error
                 if failures == len(WAITS):
                     raise DataError(
                         f"{self.title}: the connection is gone ({reason}), also after {failures} new tries within "
@@ -95,16 +95,16 @@ class Documents:
             raise DataError(f"text_key = {self._text_key!r}: must be a column of {self.title.split(' = ')[-1]}, which "
                             f"has {', '.join(map(repr, columns))}")
 
-    def _refused(self, reason: str, opened: bool) -> DataError:
+    def _refused(self, error: Exception, reason: str, opened: bool) -> DataError:
         name = self.title.split(" = ")[-1]
-        if opened:
-            return DataError(f"{self.title}: cannot be read ({reason})")
-        if "BuilderConfig" in reason or "Config name" in reason:
+        if not opened and ("BuilderConfig" in reason or "Config name" in reason):
             return DataError(f"dataset_config: must be one that {name} has ({reason})")
-        if "split" in reason.lower():
+        if not opened and "split" in reason.lower():
             return DataError(f"split, val_split: must be splits that {name} has ({reason})")
-        return DataError(f"{self.title}: there is no such file or folder here, and the Hugging Face hub does not give "
-                         f"a data set of that name ({reason})")
+        if not opened and isinstance(error, OSError):
+            return DataError(f"{self.title}: there is no such file or folder here, and the Hugging Face hub does not "
+                             f"give a data set of that name ({reason})")
+        return DataError(f"{self.title}: cannot be read ({reason})")
 
 
 def is_dropped(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ class _Line:
         self.thread.start()
 
     def _work(self, make, place) -> None:
+        error: BaseException = RuntimeError("the data was closed while it was waited for")
         try:
             items = make(place, self.stop)
             while self._has_room():
@@ -38,11 +39,12 @@ class _Line:
                 with self._changed:
                     self.ready.append(item)
                     self._changed.notify_all()
-            raise RuntimeError("the data was closed while a batch was waited for")
-        except BaseException as error:
-            with self._changed:
-                self.error = error
-                self._changed.notify_all()
+        except BaseException as raised:
+            # Nobody reads the traceback of a line that was ended, and it would hold all that it used.
+            error = raised.with_traceback(None) if self.stop.is_set() else raised
+        with self._changed:
+            self.error = error
+            self._changed.notify_all()
 
     def _has_room(self) -> bool:
         with self._changed:
