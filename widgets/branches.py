@@ -56,7 +56,7 @@ class BranchRow:
         if list(self.saved.options) != saved:
             with self.saved.hold_sync():
                 self.saved.options = saved
-                self.saved.value = None
+                self.saved.index = 0
 
     def offer_undo(self, wanted: bool) -> None:
         """Put Undo forward, or back in line."""

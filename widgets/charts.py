@@ -147,8 +147,8 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
 def loss(metrics: pd.DataFrame, limit: int = POINTS, others: Others = None) -> Chart:
     """What is minimised, its cross-entropy part, and the validation cross-entropy, in nats a token."""
     steps, keys = metrics.index, [_key(BLUE, "train")]
-    traces = [*_grey(others, "train/loss", "train loss %{y:.4f}"),
-              *_grey(others, "val/loss", "validation %{y:.4f}", dash="dash")]
+    traces = [*_grey("train-loss", others, "train/loss", "train loss %{y:.4f}"),
+              *_grey("val-loss", others, "val/loss", "validation %{y:.4f}", dash="dash")]
     traces += [_line("train-loss", steps, _column(metrics, "train/loss"), BLUE, limit, "train loss %{y:.4f}")]
     if "router/aux_mean" in metrics:  # without a router the two are one line
         keys.append(_key(BLUE, "its cross-entropy", "┅"))
@@ -176,7 +176,7 @@ def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, 
                  Band(*healthy_band(of_top1, n_experts, top_k), "healthy probability", ORANGE, right=True))
     return Chart(
         "confidence", _titled("Router", _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
-            *_grey(others, of_entropy, "entropy %{y:.3f} nats"),
+            *_grey("entropy", others, of_entropy, "entropy %{y:.3f} nats"),
             _line("entropy", metrics.index, _column(metrics, of_entropy), BLUE, limit, "entropy %{y:.3f} nats"),
             _line("top1-p", metrics.index, _column(metrics, of_top1), ORANGE, limit, "top-1 probability %{y:.3f}",
                   yaxis="right")),
@@ -194,7 +194,7 @@ def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = Non
     drawn = [_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} %{{y:.1%}}")
              for uid, words, color, name in lines]
     return Chart("concentration", _titled("Load", *(_key(color, words) for _, words, color, _ in lines)),
-                 (*_grey(others, largest, "largest demand %{y:.1%}"), *drawn), x={"title": STEP},
+                 (*_grey("max-frac", others, largest, "largest demand %{y:.1%}"), *drawn), x={"title": STEP},
                  y=_share_axis(n_experts), rules=_fair(n_experts),
                  bands=_share_band(largest, n_experts, top_k, *(line["y"] for line in drawn)))
 
@@ -220,12 +220,12 @@ def _line(uid: str, x, y, color: str, limit: int, hover: str, dash: str = "solid
             "hovertemplate": f"{hover}<br>step %{{x:d}}<extra></extra>"} | more
 
 
-def _grey(others: Others, metric: str, hover: str, dash: str = "solid") -> list[dict]:
+def _grey(uid: str, others: Others, metric: str, hover: str, dash: str = "solid") -> list[dict]:
     """One trace for all other branches; none where ``others`` is None."""
     if others is None:
         return []
     x, y, whose = joined(others, metric)
-    return [{"type": "scatter", "mode": "lines", "uid": f"others-{metric}", "x": x, "y": y, "showlegend": False,
+    return [{"type": "scatter", "mode": "lines", "uid": f"others-{uid}", "x": x, "y": y, "showlegend": False,
              "text": [html.escape(name) for name in whose], "line": {"color": GREYED, "width": 1, "dash": dash},
              "hovertemplate": f"branch %{{text}}<br>{hover}<br>step %{{x:d}}<extra></extra>"}]
 

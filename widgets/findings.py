@@ -168,7 +168,8 @@ class Findings:
         worst, others = same[0], same[1:]
         also = ""
         if others:
-            also = " · also layer " + ", ".join(f"{f.layer} ({_number(f.value)})" for f in others)
+            also = " · also " + ", ".join(
+                f"{'all layers' if f.layer is None else f'layer {f.layer}'} ({_number(f.value)})" for f in others)
         undo = worst.levers[0].undo if worst.levers else ""
         small = f"{worst.metric} · steps {worst.first:,} to {worst.last:,}{also}"
         line = ""
@@ -177,7 +178,7 @@ class Findings:
             line = spark(rows.index.to_numpy(), values, worst.low, worst.high, worst.first,
                          f"{worst.metric}, now {_number(float(values[-1]))}, healthy {_range(worst.low, worst.high)}")
         says = (f"<b>{worst.level}</b> {html.escape(worst.text)}<small>{html.escape(small)}</small>"
-                + (f"<small>Take it back {html.escape(undo)}.</small>" if undo else ""))
+                + (f"<small>Undo: {html.escape(undo)}.</small>" if undo else ""))
         return {"rule": worst.rule, "level": worst.level, "past": False, "says": says, "line": line,
                 "levers": "".join(self._lever(worst, lever, step) for lever in worst.levers)}
 

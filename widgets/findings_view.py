@@ -72,10 +72,10 @@ export default {{
 
 _CSS = """
 .moe-findings { font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1); contain: style; }
-.moe-findings-bar { display: flex; flex-flow: row wrap; align-items: flex-start; gap: 4px 12px; }
-.moe-findings-bar .moe-findings { flex: 1 1 320px; min-width: 0; }
-.moe-findings-bar .widget-checkbox { width: auto; margin: 0; }
-.moe-findings-head { line-height: 28px; }
+.moe-findings-bar { position: relative; }
+.moe-findings-bar .moe-findings { flex: 1 1 100%; min-width: 0; }
+.moe-findings-bar .widget-checkbox { position: absolute; top: 0; right: 0; width: auto; margin: 0; }
+.moe-findings-head { min-height: 28px; line-height: 28px; padding-right: 130px; }
 .moe-findings-head b { font-weight: 600; }
 .moe-findings-head i { font-style: normal; color: var(--jp-ui-font-color2); }
 .moe-findings-head span::before, .moe-finding b::before { content: ""; display: inline-block; width: 8px;
@@ -83,7 +83,7 @@ _CSS = """
 .moe-findings-head .moe-alarm::before, .moe-alarm b::before { background: #d13438; }
 .moe-findings-head .moe-watch::before, .moe-watch b::before { background: #d98200; }
 .moe-findings-head span { margin-right: 12px; }
-.moe-finding { display: grid; grid-template-columns: minmax(0, 1fr) 168px minmax(180px, 0.62fr); gap: 2px 14px;
+.moe-finding { display: grid; grid-template-columns: minmax(0, 1fr) 168px minmax(180px, 0.85fr); gap: 2px 14px;
   align-items: center; padding: 5px 0; border-top: 1px solid var(--jp-border-color2); }
 .moe-finding[hidden], .moe-more[hidden] { display: none; }
 .moe-finding-says { line-height: 1.4; overflow-wrap: anywhere; }

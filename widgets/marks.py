@@ -16,6 +16,7 @@ KNOB_TITLES = {
     "load_balance_alpha": "Load-balance alpha",
     "router_z_loss_coef": "Router z-loss",
     "capacity_factor": "Capacity factor",
+    "bias_update_speed": "Balance-bias speed",
     "lr_scale": "Learning-rate scale",
     "grad_clip": "Gradient clip",
 }

@@ -39,7 +39,7 @@ class WhatIf:
         self.widget.value = "" if aim is None else self._say(*aim)
 
     def _say(self, name: str, value: float) -> str:
-        said, title = "", f"<p>{html.escape(KNOB_TITLES[name])} → <b>{value:.3g}</b></p>"
+        said, title = "", f"<p>{html.escape(KNOB_TITLES.get(name, name))} → <b>{value:.3g}</b></p>"
         if self._preview is not None:
             try:
                 seen = self._preview(**{name: value})
@@ -53,10 +53,10 @@ class WhatIf:
 def table(seen: Preview, name: str) -> str:
     """The preview of a turn of knob ``name`` as HTML: each metric in the mean and in the layer that would be worst."""
     now, then = seen.values_now[name], seen.values_then[name]
-    said = (f"<p><b>What if</b> {html.escape(KNOB_TITLES[name])} {now:.3g} → <b>{then:.3g}</b>, "
+    said = (f"<p><b>What if</b> {html.escape(KNOB_TITLES.get(name, name))} {now:.3g} → <b>{then:.3g}</b>, "
             f"on the batch of step {seen.step:,}</p>")
     if any(seen.now[n] != seen.then[n] for n in seen.now if n.startswith(tuple(metric for metric, *_ in SHOWN))):
-        rows = "".join(_row(seen, *shown) for shown in SHOWN)
+        rows = "".join(_row(seen, *shown) for shown in SHOWN if seen.now[shown[0]] or seen.then[shown[0]])
         said += f"<table><tr><th></th><th>mean of layers</th><th>worst layer</th></tr>{rows}</table>"
     return said + "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in seen.unknown)
 

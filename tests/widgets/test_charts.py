@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_core.health import healthy_band
 from widgets import charts
 from widgets.figures import figure, panel_figure, panel_parts
 from widgets.marks import Marks
@@ -68,6 +69,27 @@ def test_the_fair_share_is_drawn_at_one_over_the_number_of_experts(data):
     rules = [shape for shape in panel_figure(metrics, experts, events).layout.shapes if shape.y0 == 0.25]
     assert [shape.label.text for shape in rules] == ["1/4"] * 3
     assert all(shape.y1 == 0.25 for shape in rules)
+
+
+def test_healthy_ranges_are_shaded_where_the_guide_has_them_and_squeeze_no_line(data):
+    """A band lies at the guide's numbers on the axis of its line, and reaches no further than the lines do."""
+    metrics, experts, events = data
+    metrics = metrics * 0.3  # largest demands under 0.3; the guide's line for E = 4 is 0.5
+    fig = panel_figure(metrics, experts, events, top_k=1)
+    bands = [shape for shape in fig.layout.shapes if shape.type == "rect"]
+    axes = {trace.uid: trace.yaxis for trace in fig.data}
+    for uid, name in (("entropy", "router/entropy_mean"), ("top1-p", "router/top1_p_mean")):
+        band, = (shape for shape in bands if shape.yref == axes[uid])
+        assert (band.y0, band.y1) == healthy_band(name, 4)
+    band, = (shape for shape in bands if shape.yref == axes["max-frac"])
+    highest = max(metrics[name].max() for name in ("router/max_frac_mean", "router/max_frac_max"))
+    assert band.y0 == 0
+    assert band.y1 == pytest.approx(1.06 * max(highest, 1.6 / 4))
+    assert band.y1 < healthy_band("router/max_frac_mean", 4)[1]
+    band, = charts.expert_lines(experts, layer=1, top_k=1).bands
+    assert (band.low, band.high) == healthy_band("router/frac_srv_e0", 4)  # some expert's line goes beyond
+    assert all(shape.layer == "below" for shape in bands) and len(bands) == 4
+    assert not [shape for shape in panel_figure(metrics, experts, events).layout.shapes if shape.type == "rect"]
 
 
 def test_every_step_axis_has_every_mark_and_all_move_together(data):

@@ -1,0 +1,208 @@
+import html
+import re
+
+import numpy as np
+import pytest
+
+from moe_core import health
+from moe_core.health import RULES, Rule, spike
+from widgets.findings import LASTS, Findings
+from widgets.notes import Log
+from widgets.spark import HEIGHT, POINTS, WIDTH
+from widgets.spark import spark as draw
+
+
+@pytest.fixture
+def panel(tiny_run):
+    """A run and its findings; ``look`` as the panel's thread does."""
+    def make(**changes):
+        run, log = tiny_run(**changes), Log()
+        findings = Findings(run, log)
+        return run, findings, log
+    return make
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    """Only these rules, for a test."""
+    def only(*chosen):
+        monkeypatch.setattr("moe_core.health.RULES", list(chosen))
+    return only
+
+
+def high_loss(level, above, name="high loss"):
+    """Fires while any of the last 50 steps has a cross-entropy above the line; its words may be hostile."""
+    return Rule(name, "train/ce", level, spike(above=above, enough=1), "train/ce <b>is</b> {value:.2f}",
+                RULES[0].levers)
+
+
+def told(run):
+    return [(e["step"], e["state"], e["level"], e["rule"]) for e in run.events().to_dict("records")
+            if e["kind"] == "finding"]
+
+
+def press(findings, rule, knob):
+    """Click the button that turns ``knob`` in the row of ``rule``."""
+    row = next(row for row in findings.view.rows if row["rule"] == rule)
+    keys = map(html.unescape, re.findall(r'data-lever="([^"]*)"', row["levers"]))
+    key = next(key for key in keys if key.split("|")[2].startswith(knob))
+    findings.view._handle_custom_msg({"lever": key}, [])
+
+
+def test_a_collapse_in_training_is_found_at_once_and_apply_brings_the_router_back(panel):
+    """Alpha 0 at a low temperature: an alarm before 20 collapsed steps; left alone it goes on, answered it ends."""
+    run, findings, _ = panel(n_experts=8, load_balance_alpha=0.0, router_temp_init=0.05, router_temp_final=0.05,
+                             router_noise_std_init=0.0, learning_rate=3e-2)
+    while not any(row["rule"] == "collapsed" for row in findings.view.rows):
+        run.step(5)
+        findings.look(run.current_step, busy=False)
+        assert run.metrics()["router/collapsed"].sum() < 20
+    found, row = run.health()[0], findings.view.rows[0]
+    assert (row["rule"], row["level"], findings.view.summary.count("alarm")) == ("collapsed", "alarm", 2)
+    at = run.current_step
+    run.step(100)
+    assert run.metrics()["router/collapsed"].loc[at + 51 :].sum() > 10
+    run.rewind(at)
+    findings.look(at, busy=False)
+    for lever in found.levers:
+        press(findings, "collapsed", lever.knob)
+    findings.look(at, busy=False)
+    assert "data-lever" not in findings.view.rows[0]["levers"]  # answered: not again before its effect is seen
+    run.step(100)
+    assert run.metrics()["router/collapsed"].loc[at + 51 :].sum() == 0
+    findings.look(run.current_step, busy=False)
+    assert not any(row["rule"] == "collapsed" for row in findings.view.rows)
+    turned = run.events().query("kind == 'knob'")
+    assert turned[["name", "value", "finding"]].to_numpy().tolist() == [
+        [lever.knob, pytest.approx(lever.value_to), "collapsed"] for lever in found.levers]
+    assert [state for _, state, _, rule in told(run) if rule == "collapsed"] == ["here", "gone"]
+
+
+def test_a_script_applies_what_the_button_applies(tiny_run):
+    run = tiny_run()
+    run.step(1)
+    run._trainer.model.blocks[0].mlp.router.bias.data[1] += 9.0
+    run.step(2)
+    found = run.health()[0]
+    health.answer(run, found, found.levers[0])
+    assert run.knobs[found.levers[0].knob].value == pytest.approx(found.levers[0].value_to)
+    assert run.events().iloc[-1]["finding"] == found.rule
+    assert len(run.events()) == 1
+
+
+def test_findings_come_and_go_in_the_log_once_each(panel, rules):
+    """An alarm counts when it is read, a watch when it is read twice, and either is gone when it stayed away."""
+    run, findings, _ = panel()
+    rules(high_loss("alarm", 6.0), high_loss("watch", 0.1, "any loss"))
+    for _ in range(4):
+        run.step(1)
+        findings.look(run.current_step, busy=False)
+        findings.look(run.current_step, busy=False)  # nothing is new: nothing is read
+    assert told(run) == [(1, "here", "alarm", "high loss"), (2, "here", "watch", "any loss")]
+    rules(high_loss("watch", 0.1, "any loss"))
+    for step in (5, 10, 4 + LASTS):
+        run.step(step - run.current_step)
+        findings.look(step, busy=False)
+    assert told(run)[2:] == [(4 + LASTS, "gone", "alarm", "high loss")]
+    assert "<b>is" not in str(findings.view.rows) + findings.view.summary
+    assert "&lt;b&gt;is&lt;/b&gt;" in findings.view.rows[0]["says"]
+
+
+def test_a_run_that_is_opened_again_or_goes_back_does_not_repeat_what_is_written(panel, rules):
+    """What stands is read from the events of the line that the run is on."""
+    run, findings, _ = panel()
+    rules(high_loss("alarm", 0.1))
+    run.step(2)
+    findings.look(2, busy=False)
+    again = Findings(run, Log())
+    run.step(2)
+    again.look(4, busy=False)
+    assert told(run) == [(2, "here", "alarm", "high loss")]
+    run.rewind(1)  # before it came
+    again.look(1, busy=False)
+    assert told(run) == [(1, "here", "alarm", "high loss")]
+
+
+def test_an_alarm_pauses_the_run_when_it_appears_and_only_if_that_is_asked_for(panel, rules):
+    run, findings, log = panel()
+    for wanted in (False, True):
+        rules()
+        run.step(LASTS)
+        findings.look(run.current_step, busy=False)
+        findings.pause.value = wanted
+        rules(high_loss("alarm", 0.1))
+        run.session.start(10**6)
+        try:
+            findings._next = 0
+            findings.look(run.current_step + 1, busy=True)
+            assert (run.session.state in ("pausing", "paused")) == wanted
+            findings._next = 0
+        finally:
+            run.session.pause()
+            run.session.wait(20)
+    assert "paused on alarm: train/ce" in log.widget.value
+    run.session.start(2)  # it is there and no longer new: the run may go on
+    run.session.wait(20)
+    findings.look(run.current_step, busy=True)
+    assert run.session.state == "idle"
+
+
+def test_nothing_is_said_before_there_is_data_and_one_line_while_all_is_well(panel):
+    run, findings, _ = panel(
+        router_temp_init=0.5, router_temp_final=0.5, router_noise_std_init=0.3, load_balance_alpha=0.2, grad_clip=100.0,
+        batch_size=16)
+    run.step(20)
+    findings.look(20, busy=False)
+    assert (findings.view.summary, findings.view.rows) == ("", [])
+    run.step(40)
+    findings.look(60, busy=False)
+    assert (findings.view.summary, findings.view.rows) == ("<span><b>Router healthy</b></span>", [])
+
+
+def test_a_broken_rule_is_said_once_and_nothing_else_stops(panel, rules):
+    run, findings, log = panel()
+    rules(high_loss("alarm", "high"))
+    for _ in range(3):
+        run.step(1)
+        findings.look(run.current_step, busy=False)
+    assert log.widget.value.count("rule &#x27;high loss&#x27; (alarm)") == 1
+
+
+def test_while_it_trains_rules_are_read_rarely(panel, monkeypatch):
+    run, findings, _ = panel()
+    read = []
+    monkeypatch.setattr(health, "recent", lambda *a, real=health.recent: read.append(1) or real(*a))
+    for _ in range(5):
+        run.step(1)
+        findings.look(run.current_step, busy=True)
+    assert len(read) == 1
+
+
+def test_the_tiny_chart_draws_the_line_its_band_and_what_is_new():
+    """In the box, few points, the band where the values are, the old and the new part meeting at one point."""
+    steps, values = np.arange(1, 401), np.linspace(0.1, 0.9, 400)
+    image = draw(steps, values, 0.2, 0.4, since=301, label='max "frac"')
+    old, new = (np.array([point.split(",") for point in part.split()], float)
+                for part in re.findall(r'points="([^"]*)"', image))
+    assert old[-1].tolist() == new[0].tolist()
+    assert len(old) + len(new) <= POINTS + 2
+    both = np.concatenate([old, new])
+    assert (both >= 0).all() and (both[:, 0] <= WIDTH).all() and (both[:, 1] <= HEIGHT).all()
+    top, height = (float(n) for n in re.search(r'y="([\d.]+)" width="\d+" height="([\d.]+)"', image).groups())
+    for edge, share in ((top, 0.4), (top + height, 0.2)):
+        assert np.interp(-edge, -both[:, 1], np.interp(both[:, 0], [both[0, 0], both[-1, 0]], [0.1, 0.9])) == (
+            pytest.approx(share, abs=0.02))
+    assert 'aria-label="max &quot;frac&quot;"' in image
+    assert draw(steps, np.full(400, np.nan)) == ""
+
+
+def test_an_attached_run_shows_findings_and_writes_none(tiny_run, rules, monkeypatch):
+    """Its events belong to the process that trains it; a pause is a wish like any other."""
+    run = tiny_run()
+    rules(high_loss("alarm", 0.1))
+    monkeypatch.setattr(type(run), "attached", True)
+    findings = Findings(run, Log())
+    run.step(1)
+    findings.look(1, busy=False)
+    assert findings.view.rows[0]["rule"] == "high loss"
+    assert told(run) == []

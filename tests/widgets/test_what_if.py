@@ -1,0 +1,57 @@
+import re
+
+import pytest
+
+from widgets.what_if import WhatIf
+
+
+@pytest.fixture
+def asked(tiny_run):
+    """A run with a few steps, its what-if, and what the page would show."""
+    def make(**changes):
+        run = tiny_run(**changes)
+        run.step(3)
+        return run, WhatIf(run.preview)
+    return make
+
+
+def test_it_says_what_the_preview_says_in_the_mean_and_in_the_layer_that_would_be_worst(asked):
+    run, what_if = asked(dropless=False, capacity_factor=1.0, n_layer=3)
+    what_if.show(("capacity_factor", 2.0))
+    said, seen = what_if.widget.value, run.preview(capacity_factor=2.0)
+    worst = max(range(3), key=lambda layer: seen.then[f"router/drop_frac_mean/layer_{layer}"])
+    drops = re.search(r"<th>dropped</th><td>([\d.]+)% → <b>([\d.]+)%</b></td><td>.*?<i>layer (\d)</i>", said)
+    assert float(drops[1]) / 100 == pytest.approx(seen.now["router/drop_frac_mean"], abs=6e-4)
+    assert float(drops[2]) / 100 == pytest.approx(seen.then["router/drop_frac_mean"], abs=6e-4)
+    assert int(drops[3]) == worst
+    assert re.search(r"entropy, nats</th><td><i>([\d.]+) → \1</i>", said)  # capacity moves no probability
+    assert "on the batch of step 3" in said
+
+
+def test_what_cannot_be_known_is_said_instead_of_numbers(asked):
+    """Alpha acts through training alone: no table of equal numbers, but the preview's own sentence."""
+    _, what_if = asked()
+    what_if.show(("load_balance_alpha", 0.2))
+    assert "load_balance_alpha acts only through training" in what_if.widget.value
+    assert "<table>" not in what_if.widget.value
+
+
+def test_aiming_turns_nothing_and_letting_go_hides_it(asked):
+    run, what_if = asked()
+    before = run.knobs["router_temp"].value
+    for value in (0.5, 0.7, 0.9):
+        what_if.show(("router_temp", value))
+        assert f"<b>{value}</b>" in what_if.widget.value
+    what_if.show(None)
+    assert what_if.widget.value == ""
+    assert run.events().empty
+    assert (run.knobs["router_temp"].value, run.knobs["router_temp"].mode) == (before, "follow")
+
+
+def test_before_a_first_step_and_without_a_preview_it_says_what_it_can(tiny_run):
+    what_if = WhatIf(tiny_run().preview)
+    what_if.show(("router_temp", 0.5))
+    assert "no batch is at hand yet" in what_if.widget.value
+    dense = WhatIf(None)
+    dense.show(("lr_scale", 0.5))
+    assert "Learning-rate scale → <b>0.5</b>" in dense.widget.value
