@@ -207,6 +207,8 @@ class Shootout:
             raise
         finally:
             run.close()
+        if job.pair:
+            _drop_states(path)
         return True
 
     def _say_steps(self, run: Run, job: Job, shown: int, say: Callable[[str], None], all_of_it: bool) -> int:
@@ -325,6 +327,14 @@ def _finish(run: Run, **end) -> None:
     """Write down where the shoot-out's own line of a run ends, whatever is done with the run later."""
     branch = {b.name: b.id for b in run.store.branches()}[run.branch]
     run.store.set_meta(END, {"branch": branch, "step": run.current_step, **end})
+
+
+def _drop_states(path: Path) -> None:
+    """Leave a finished run of the search its rows alone: nobody goes on from it, and a state is three times a model."""
+    with RunStore.open(path, write=True) as store:
+        for saved in store.checkpoints():
+            store.drop_checkpoint(saved.id)
+            (path / saved.path).unlink(missing_ok=True)
 
 
 def _spoken(peaks: Mapping[str, float]) -> str:

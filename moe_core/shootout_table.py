@@ -177,14 +177,14 @@ def step_lines(name: str, rows, since: int, config: RunConfig) -> list[str]:
 
 def summary_lines(frame, gpu: bool) -> list[str]:
     """The users' summary of a :func:`table`, then what ours adds to it."""
-    baseline = frame.attrs["baseline"]
+    baseline, width = frame.attrs["baseline"], max(12, *map(len, frame["optimizer"]))
     lines = [f"=== Summary ({'GPU' if gpu else 'CPU'}) ==="]
     for row in frame.to_dict("records"):
-        lines.append(f"{row['optimizer']:<12} {row['ms/it']:>7.2f} ms/it {row['tok/s']:>11.0f} tok/s   "
+        lines.append(f"{row['optimizer']:<{width}} {row['ms/it']:>7.2f} ms/it {row['tok/s']:>11.0f} tok/s   "
                      f"loss {row['loss']:.4f}")
     lines.append(f"=== Against {baseline}, by validation loss ===")
     for row in frame.to_dict("records"):
-        said = f"{row['optimizer']:<12} val {row['val/loss']:.4f}"
+        said = f"{row['optimizer']:<{width}} val {row['val/loss']:.4f}"
         if row["seeds"] > 1:
             said += f" ± {row['val/loss std']:.4f} over {row['seeds']} seeds"
         if row["optimizer"] != baseline and row["seeds"]:

@@ -2,6 +2,10 @@
 
 import math
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -111,6 +115,24 @@ def test_interrupted_it_goes_on_and_equals_one_that_was_not(four, tiny, tmp_path
             pd.testing.assert_frame_equal(numbers(line), numbers(whole[label][seed]), check_exact=True)
 
 
+def test_killed_it_goes_on_and_equals_one_that_was_not(four, tiny, tmp_path):
+    """A process that ends at once in the middle of a run, with steps that no saved state has."""
+    made = Shootout.create(tmp_path / "s", tiny(eval_interval=4), FOUR, seeds=2, steps=12)
+    script = """
+        import os, sys
+        from moe_core.shootout import Shootout
+        Shootout.open(sys.argv[1]).train(lambda at: at.name.startswith("muon_adamw") and at.step >= 7 and os._exit(9))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "s")],
+                          cwd=Path(__file__).parents[2])
+    assert done.returncode == 9 and [made.finished(job) for job in made.jobs()][:2] == [True, False]
+    assert made.train()
+    whole = four.lines()
+    for label, by_seed in made.lines().items():
+        for seed, line in by_seed.items():
+            pd.testing.assert_frame_equal(numbers(line), numbers(whole[label][seed]), check_exact=True)
+
+
 def test_what_is_done_with_a_run_later_does_not_move_the_table(tiny, tmp_path):
     """A finished run is rewound, turned and trained on: ordinary, and the table stays."""
     made = Shootout.create(tmp_path / "s", tiny(), ["adamw"], steps=6)
@@ -146,6 +168,8 @@ def test_a_search_gives_each_entry_the_same_budget_and_the_best_of_its_rates(tin
         base = rates(made.entries[label])
         assert {peaks[name] / base[name] for name in (first, second)} <= {0.5, 4.0}
         assert (optim.max_iters, optim.min_lr / optim.learning_rate) == (8, pytest.approx(0.1))
+    assert not [*(tmp_path / "s" / "search").rglob("*.safetensors")]  # nine states for every one that is wanted
+    assert len([*(tmp_path / "s").rglob("*.safetensors")]) >= 2
 
 
 def test_a_search_moves_every_rate_of_an_entry(tiny):
