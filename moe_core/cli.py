@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from moe_core import commands, headless
-from moe_core.checkpoint import CheckpointError
-from moe_core.config import ConfigError
-from moe_core.data import DataError
-from moe_core.headless import TrainingError, held, tell
-from moe_core.knobs import KnobError
-from moe_core.store import StoreError
+from moe_core import headless, verbs
+from moe_core.headless import TrainingError, tell
+from moe_core.trainer import NonFiniteError
 
-REFUSED = (ConfigError, DataError, KnobError, StoreError, CheckpointError, ValueError)
-PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
+FAILED = (TrainingError, NonFiniteError)
 
 TRAIN = """
 The line may be one of the older scripts', pasted whole with its prompt and broken lines:
@@ -54,12 +46,6 @@ The same command with the same directory goes on where it was interrupted.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One line, as everything that is refused."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -81,15 +67,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        expected = isinstance(error, (*REFUSED, TrainingError))
-        what = "" if expected else f"{type(error).__name__}: "
-        tell(f"moe: {what}{' '.join(str(error).split())}{'' if expected else '; --debug says where'}")
-        return 2 if isinstance(error, REFUSED) else 1
+        tell(f"moe: {_said(error)}")
+        return 2 if isinstance(error, (ValueError, OSError)) or (_ours(error) and not isinstance(error, FAILED)) else 1
+
+
+def _ours(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in ("moe_core", "widgets")
+
+
+def _said(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    said = " ".join(str(error).split())
+    return said if _ours(error) or type(error) is ValueError else f"{type(error).__name__}: {said}; --debug says where"
 
 
 def _run(words: list[str]) -> int:
     parser = _parser()
-    free = {"train": _train, "shootout": _shootout}
+    free = {"train": verbs.train, "shootout": verbs.shootout}
     if words and words[0] in free and not {"-h", "--help"} & set(words):
         return free[words[0]](words[1:])  # their flags are the config's fields
     if not words:
@@ -100,13 +96,13 @@ def _run(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("moe", description="Train and study mixture-of-experts routers, from a shell.",
-                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                     epilog="moe COMMAND --help says more of each. --debug shows a traceback where something fails.")
-    commands_ = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser = verbs.Parser(
+        "moe", description="Train and study mixture-of-experts routers, from a shell.",
+        epilog="moe COMMAND --help says more of each. --debug shows a traceback where something fails.")
+    each = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, do: Callable | None, what: str, example: str = "", usage: str | None = None):
-        sub = commands_.add_parser(
+        sub = each.add_parser(
             name, help=what, description=what[0].upper() + what[1:] + ".", usage=usage,
             epilog=("examples:\n" if do else "") + example, formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.set_defaults(do=do)
@@ -118,242 +114,67 @@ def _parser() -> argparse.ArgumentParser:
             "  moe resume runs/first\n  moe resume runs/first --steps 200\n"
             "  moe resume runs/first/checkpoints/1-00000400.safetensors")
     p.add_argument("run", metavar="RUN", help="a run's directory, or a file in its checkpoints folder")
-    p.add_argument("--steps", type=_steps, metavar="N", help="train N more steps; without it to the planned end")
-    p = add("rewind", _rewind, "go back to a step, on a new branch; the old line stays",
+    p.add_argument("--steps", type=verbs.steps, metavar="N", help="train N more steps; without it to the planned end")
+    p = add("rewind", verbs.rewind, "go back to a step, on a new branch; the old line stays",
             "  moe rewind runs/first 400\n  moe rewind runs/first 400 --name sharper")
     p.add_argument("run", **run)
     p.add_argument("step", type=int, metavar="STEP")
     p.add_argument("--name", help="of the new branch")
-    p = add("fork", _fork, "copy a run's state and history into a run of its own",
+    p = add("fork", verbs.fork, "copy a run's state and history into a run of its own",
             "  moe fork runs/first runs/second\n  moe fork runs/first runs/second --step 400")
     p.add_argument("run", **run)
     p.add_argument("path", metavar="PATH", help="the new run's directory")
     p.add_argument("--step", type=int, help="the state after this step; without it the present one")
-    p = add("replay", _replay, "take all steps again from config, seed and events, and compare every metric",
+    p = add("replay", verbs.replay, "take all steps again from config, seed and events, and compare every metric",
             "  moe replay runs/first")
     p.add_argument("run", **run)
-    p = add("note", _note, "pin a note to a run's step", '  moe note runs/first "entropy drifts back up"\n'
+    p = add("note", verbs.note, "pin a note to a run's step", '  moe note runs/first "entropy drifts back up"\n'
             '  moe note runs/first "loss spike" --step 120')
     p.add_argument("run", **run)
     p.add_argument("text", metavar="TEXT")
     p.add_argument("--step", type=int, help="without it the step that the run is at")
-    p = add("knob", _knob, "turn a knob, also while another process trains the run",
+    p = add("knob", verbs.knob, "turn a knob, also while another process trains the run",
             "  moe knob runs/first router_temp 1.3\n  moe knob runs/first router_temp 1.0 --over 200\n"
             "  moe knob runs/first router_temp follow")
     p.add_argument("run", **run)
     p.add_argument("name", metavar="KNOB", help="router_temp, router_noise_std, load_balance_alpha, ...")
     p.add_argument("value", metavar="VALUE", help="a number to hold, or 'follow' for the schedule")
-    p.add_argument("--over", type=_steps, metavar="N", help="go to VALUE in N steps")
-    p = add("ls", _ls, "list the runs in a directory", "  moe ls\n  moe ls runs")
+    p.add_argument("--over", type=verbs.steps, metavar="N", help="go to VALUE in N steps")
+    p = add("ls", verbs.ls, "list the runs in a directory", "  moe ls\n  moe ls runs")
     p.add_argument("dir", nargs="?", default=".", metavar="DIR")
-    p = add("show", _show, "say what a run is, how it stands and what happened to it", "  moe show runs/first")
+    p = add("show", verbs.show, "say what a run is, how it stands and what happened to it", "  moe show runs/first")
     p.add_argument("run", **run)
-    p = add("export", _export, "write a run's metrics as a table", "  moe export runs/first --csv first.csv\n"
-            "  moe export runs/first --parquet first.parquet --branch from-400")
+    p = add("export", verbs.export, "write a run's tables as CSV or Parquet",
+            "  moe export runs/first --csv first.csv\n  moe export runs/first --csv shares.csv --table shares\n"
+            "  moe export runs/first --parquet tables/\n\nAn OUT without .csv or .parquet is a folder for all three.")
     p.add_argument("run", **run)
     to = p.add_mutually_exclusive_group(required=True)
     to.add_argument("--csv", metavar="OUT")
     to.add_argument("--parquet", metavar="OUT")
-    p.add_argument("--branch", help="without it the current one")
-    p = add("report", _report, "write a run up: setup, observations, effects, how to reproduce it",
-            "  moe report runs/first first.html\n  moe report runs/first first.md")
+    p.add_argument("--branch", help="by its name; without it the current one")
+    p.add_argument("--table", default="metrics", choices=("metrics", "shares", "events"), help="in a single file")
+    p.add_argument("--per-layer", action="store_true", help="each layer's metrics too")
+    static = dict(action="store_true", help="an HTML without script")
+    p = add("report", verbs.report, "write a run up: setup, observations, effects, how to reproduce it",
+            "  moe report runs/first first.html\n"
+            '  moe report runs/first first.md --baseline runs/old --gate "val/loss < 4.0 by 1400"')
     p.add_argument("run", **run)
     p.add_argument("out", metavar="OUT", help="a .html, .md or .ipynb file")
-    p = add("compare", _compare, "write several runs up side by side", "  moe compare runs/first runs/second both.html")
+    p.add_argument("--gate", action="append", default=[], metavar="LINE", help="to be passed or failed; repeatable")
+    p.add_argument("--baseline", action="append", default=[], metavar="RUN", help="to compare with; repeatable")
+    p.add_argument("--snapshot", action="append", type=int, metavar="STEP", help="to show in full; repeatable")
+    p.add_argument("--title")
+    p.add_argument("--static", **static)
+    p = add("compare", verbs.compare, "write several runs up side by side",
+            "  moe compare runs/first runs/second both.html")
     p.add_argument("runs", nargs="+", metavar="RUN")
-    p.add_argument("out", metavar="OUT")
-    p = add("import", _import, "read an old console log or a W&B CSV export into a run of its own, to compare with",
+    p.add_argument("out", metavar="OUT", help="a .html, .md or .ipynb file")
+    p.add_argument("--title")
+    p.add_argument("--static", **static)
+    p = add("import", verbs.import_, "read an old console log or a W&B CSV export into a run, to compare with",
             "  moe import train.log runs/baseline\n  moe import wandb_export.csv runs/baseline")
     p.add_argument("log", metavar="LOG")
     p.add_argument("run", metavar="RUN", help="the new run's directory")
     add("shootout", None, "train the same model with several optimizers and compare them", SHOOTOUT,
         "moe shootout [DIR] COMMAND LINE [--seeds N] [--tune]")
     return parser
-
-
-def _steps(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of steps, at least 1")
-    return int(text)
-
-
-# ---- training --------------------------------------------------------------------------------------------
-
-
-def _train(words: list[str]) -> int:
-    line = commands.read(["moe", "train", *words])
-    several = "," in line.config.opt_list
-    return _shootout(words) if several else headless.train(line)
-
-
-def _shootout(words: list[str]) -> int:
-    from moe_core.peaks import Search
-    from moe_core.shootout import shootout_from
-
-    own, words = _own_flags(words)
-    line = commands.read(["moe", "shootout", *words])
-    config = line.config
-    place = line.given.get("checkpoint_dir") or (Path(config.csv).with_suffix("") if config.csv
-                                                 else headless.default_place("shootout"))
-    tell(f"{place}: the shoot-out's runs; the same command with this directory goes on where it was interrupted")
-    term = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        shootout_from(config, place, own.seeds, tune=Search() if own.tune else None)
-    except KeyboardInterrupt:
-        tell(f"{place}: paused and saved; the same command with --run {place} goes on")
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, term)
-    return 0
-
-
-def _own_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser("moe shootout", add_help=False, allow_abbrev=False)
-    parser.add_argument("--seeds", type=_steps, default=1)
-    parser.add_argument("--tune", action="store_true")
-    return parser.parse_known_args(words)
-
-
-# ---- steering --------------------------------------------------------------------------------------------
-
-
-def _taken_up(run) -> None:
-    """Wait until what was asked is applied: at once here, at the next step boundary elsewhere."""
-    end = time.monotonic() + PATIENCE
-    while run.session.pending():
-        if time.monotonic() > end:
-            raise StoreError(f"{run.path}: asked, and not taken up within {PATIENCE:.0f} seconds; it still may be")
-        time.sleep(0.05)
-
-
-def _refuse_elsewhere(run, what: str) -> None:
-    if run.attached:
-        raise StoreError(f"{run.path}: another process has this run open; {what} it there, or when that one is done")
-
-
-def _rewind(given) -> None:
-    with held(given.run) as run:
-        run.rewind(given.step, name=given.name)
-        if not run.attached:
-            run.history.save(run._branch.id, run._trainer)  # else the next process would go back further
-        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; go on with: moe resume {given.run}")
-
-
-def _fork(given) -> None:
-    with held(given.run) as run:
-        _refuse_elsewhere(run, "fork")
-        run.fork(given.path, given.step).close()
-        print(f"{given.path}: go on with: moe resume {given.path}")
-
-
-def _replay(given) -> int:
-    from moe_core.history import GPU_TOLERANCE
-
-    with held(given.run) as run:
-        _refuse_elsewhere(run, "replay")
-        worst = run.replay()["largest"].sort_values(ascending=False)
-        steps, on_cpu = run.current_step, run.config.device == "cpu" or not _cuda()
-    off = worst[~(worst <= 0)]  # NaN too
-    if off.empty:
-        print(f"{given.run}: {steps} steps again, all {len(worst)} metrics equal to the bit")
-        return 0
-    print(f"{given.run}: {steps} steps again, {len(off)} of {len(worst)} metrics differ; the largest differences:")
-    for name, value in off.head(10).items():
-        print(f"  {name:<28}{value:.3g}")
-    return int(on_cpu or not worst["train/ce"] <= GPU_TOLERANCE)
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _note(given) -> None:
-    with held(given.run) as run:
-        run.note(given.text, given.step)
-        _taken_up(run)
-        print(f"{given.run}: noted at step {run.current_step if given.step is None else given.step}")
-
-
-def _knob(given) -> None:
-    with held(given.run) as run:
-        knob = run.knobs[given.name]
-        if given.value == "follow":
-            if given.over is not None:
-                raise KnobError(f"{given.name}: follow takes no --over; the schedule says what it is")
-            knob.follow()
-        else:
-            value = _number(given.name, given.value)
-            knob.hold(value) if given.over is None else knob.ramp(value, given.over)
-        _taken_up(run)
-        knob = run.knobs[given.name]
-        print(f"{given.run}: {knob!r}, from step {knob.applied_at}")
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise KnobError(f"{name} = {text!r}: must be a number, or 'follow'") from None
-
-
-# ---- reading ---------------------------------------------------------------------------------------------
-
-
-def _ls(given) -> None:
-    from moe_core import overview
-
-    print("\n".join(overview.table(Path(given.dir))))
-
-
-def _show(given) -> None:
-    from moe_core import overview
-    from moe_core.run import Run
-
-    run = Run.attach(given.run)
-    try:
-        print("\n".join(overview.describe(run)))
-    finally:
-        run.close()
-
-
-def _export(given) -> None:
-    from moe_core.export import export
-
-    out = given.csv or given.parquet
-    export(given.run, out, given.branch)
-    print(out)
-
-
-def _report(given) -> None:
-    from widgets.report import report
-
-    from moe_core.run import Run
-
-    run = Run.attach(given.run)
-    try:
-        report(run, given.out)
-    finally:
-        run.close()
-    print(given.out)
-
-
-def _compare(given) -> None:
-    from widgets.compare import compare
-
-    from moe_core.run import Run
-
-    runs = [Run.attach(path) for path in given.runs]
-    try:
-        compare(runs, given.out)
-    finally:
-        for run in runs:
-            run.close()
-    print(given.out)
-
-
-def _import(given) -> None:
-    from moe_core.old_logs import import_log
-
-    print(import_log(given.log, given.run))

@@ -1,0 +1,197 @@
+"""What each command of ``moe`` does; ``moe_core.cli`` says how it is called."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from pathlib import Path
+
+from moe_core import commands, headless
+from moe_core.config import ConfigError
+from moe_core.headless import held, tell
+from moe_core.knobs import KnobError
+from moe_core.store import StoreError
+
+PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, as everything that is refused."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def steps(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of steps, at least 1")
+    return int(text)
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> int:
+    line = commands.read(["moe", "train", *words])
+    several = "," in line.config.opt_list
+    return shootout(words) if several else headless.train(line)
+
+
+def shootout(words: list[str]) -> int:
+    from moe_core.peaks import Search
+    from moe_core.shootout import shootout_from
+
+    own, words = _own_flags(words)
+    line = commands.read(["moe", "shootout", *words])
+    config = line.config
+    place = line.given.get("checkpoint_dir") or (Path(config.csv).with_suffix("") if config.csv
+                                                 else headless.default_place("shootout"))
+    tell(f"{place}: the shoot-out's runs; the same command with this directory goes on where it was interrupted")
+    term = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        shootout_from(config, place, own.seeds, tune=Search() if own.tune else None)
+    except KeyboardInterrupt:
+        tell(f"{place}: paused and saved; the same command with --run {place} goes on")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, term)
+    return 0
+
+
+def _own_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = Parser("moe shootout", add_help=False, allow_abbrev=False)
+    parser.add_argument("--seeds", type=steps, default=1)
+    parser.add_argument("--tune", action="store_true")
+    return parser.parse_known_args(words)
+
+
+# ---- steering --------------------------------------------------------------------------------------------
+
+
+def _taken_up(run) -> None:
+    """Wait until what was asked is applied: at once here, at the next step boundary elsewhere."""
+    end = time.monotonic() + PATIENCE
+    while run.session.pending():
+        if time.monotonic() > end:
+            raise StoreError(f"{run.path}: asked, and not taken up within {PATIENCE:.0f} seconds; it still may be")
+        time.sleep(0.05)
+
+
+def _refuse_elsewhere(run, what: str) -> None:
+    if run.attached:
+        raise StoreError(f"{run.path}: another process has this run open; {what} it there, or when that one is done")
+
+
+def rewind(given) -> None:
+    with held(given.run) as run:
+        run.rewind(given.step, name=given.name)
+        if not run.attached:
+            run.history.save(run._branch.id, run._trainer)  # else the next process would go back further
+        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; go on with: moe resume {given.run}")
+
+
+def fork(given) -> None:
+    with held(given.run) as run:
+        _refuse_elsewhere(run, "fork")
+        run.fork(given.path, given.step).close()
+        print(f"{given.path}: go on with: moe resume {given.path}")
+
+
+def replay(given) -> int:
+    from moe_core.history import GPU_TOLERANCE
+
+    with held(given.run) as run:
+        _refuse_elsewhere(run, "replay")
+        worst = run.replay()["largest"].sort_values(ascending=False)
+        taken, on_cpu = run.current_step, run.config.device == "cpu" or not _cuda()
+    off = worst[~(worst <= 0)]  # NaN too
+    if off.empty:
+        print(f"{given.run}: {taken} steps again, all {len(worst)} metrics equal to the bit")
+        return 0
+    print(f"{given.run}: {taken} steps again, {len(off)} of {len(worst)} metrics differ; the largest differences:")
+    for name, value in off.head(10).items():
+        print(f"  {name:<28}{value:.3g}")
+    return int(on_cpu or not worst["train/ce"] <= GPU_TOLERANCE)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def note(given) -> None:
+    with held(given.run) as run:
+        run.note(given.text, given.step)
+        _taken_up(run)
+        print(f"{given.run}: noted at step {run.current_step if given.step is None else given.step}")
+
+
+def knob(given) -> None:
+    with held(given.run) as run:
+        knob = run.knobs[given.name]
+        if given.value == "follow":
+            if given.over is not None:
+                raise KnobError(f"{given.name}: follow takes no --over; the schedule says what it is")
+            knob.follow()
+        else:
+            value = _number(given.name, given.value)
+            knob.hold(value) if given.over is None else knob.ramp(value, given.over)
+        _taken_up(run)
+        knob = run.knobs[given.name]
+        print(f"{given.run}: {knob!r}, from step {knob.applied_at}")
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise KnobError(f"{name} = {text!r}: must be a number, or 'follow'") from None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def ls(given) -> None:
+    from moe_core import overview
+
+    print("\n".join(overview.table(Path(given.dir))))
+
+
+def show(given) -> None:
+    from moe_core import overview
+    from moe_core.run import Run
+
+    run = Run.attach(given.run)
+    try:
+        print("\n".join(overview.describe(run)))
+    finally:
+        run.close()
+
+
+def export(given) -> None:
+    from moe_core.export import ExportError, export
+
+    suffix, out = (".csv", given.csv) if given.csv is not None else (".parquet", given.parquet)
+    if Path(out).suffix in {".csv", ".parquet"} - {suffix}:
+        raise ExportError(f"{out}: must end in {suffix}, or be a folder")
+    print(export(given.run, out, given.branch, table=given.table, per_layer=given.per_layer, suffix=suffix))
+
+
+def report(given) -> None:
+    from widgets import report
+
+    print(report.write(given.run, given.out, static=given.static, gates=given.gate, baselines=given.baseline,
+                       snapshots=given.snapshot, title=given.title))
+
+
+def compare(given) -> None:
+    from widgets import compare
+
+    print(compare.write(given.runs, given.out, static=given.static, title=given.title))
+
+
+def import_(given) -> None:
+    from moe_core.old_logs import import_log
+
+    print(import_log(given.log, given.run))
