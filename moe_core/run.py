@@ -23,7 +23,7 @@ from moe_core.knobs import Knobs
 from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
 from moe_core.session import Command, Session
-from moe_core.store import MAIN, RunStore
+from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.timeline import Timeline, build_trainer
 from moe_core.trainer import NonFiniteError, Trainer, resolve_device
 
