@@ -196,7 +196,7 @@ class Trainer:
                 raise
             self._compute = self.model.compute
             self._alerts.append("compile = True: torch could not compile the model, so it runs without: "
-                                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return work()
 
     def _where(self, term: str, seen: _Backward) -> str:

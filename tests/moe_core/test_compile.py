@@ -1,0 +1,130 @@
+"""The trainer under torch.compile: what it compiles, what compiles nothing more, and what it does where it cannot."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from moe_core import ConfigError
+from moe_core.data import Batches, load_tokens, validation_batches
+from moe_core.knobs import Knobs
+from moe_core.trainer import Trainer
+
+
+@pytest.fixture
+def make(tiny):
+    def trainer(**changes):
+        config = tiny(**{"n_layer": 1, "eval_interval": 2, **changes})
+        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
+        block, batch = config.model.block_size, config.optim.batch_size
+        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
+                       validation_batches(tokens.val, block, batch, config.eval_iters))
+    return trainer
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Has torch compile with another backend than its code generator, which takes minutes."""
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda chosen: monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=chosen))
+
+
+def measured(record):
+    return {name: value for name, value in record.metrics.items()
+            if not name.startswith("perf/") and not math.isnan(value)}
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def test_three_graphs_serve_every_step_knob_and_model_with_eagers_numbers(make, backend):
+    """One to train, one to validate, one for Hessian passes; turned knobs, a moved balance bias and a second model
+    of the same config compile nothing more, and every number is that of a trainer without. In float32, where
+    torch's own grouped product cannot be traced."""
+    backend("aot_eager")
+    changes = dict(compute_dtype="float32", dropless=False, balance="both", top_k=2, dropout=0.1, optimizer="sophia",
+                   sophia_k=1, gradient_accumulation_steps=2, bias_update_speed=0.05)
+    plain, one = make(**changes), make(compile=True, **changes)
+
+    def turn_and_step(trainer, step):
+        if step > 2:
+            for name, value in (("router_temp", 1 + step / 10), ("router_noise_std", step / 5), ("lr_scale", 0.5),
+                                ("capacity_factor", 0.5), ("load_balance_alpha", 0.1), ("bias_update_speed", 0.01)):
+                trainer.knobs[name].turn("hold", value, None, step)
+        record = trainer.step()
+        assert record.alerts == ()
+        return measured(record)
+    for step in range(1, 5):
+        assert turn_and_step(one, step) == turn_and_step(plain, step)
+        assert graphs() == min(2 * step - 1, 3)  # from step 2 on there is a validation, and a Hessian pass
+    state, another = one.state_dict(), make(compile=True, **changes)
+    another.load_state_dict(state)
+    assert turn_and_step(another, 5) == turn_and_step(plain, 5)
+    assert turn_and_step(another, 6) == turn_and_step(plain, 6)
+    assert graphs() == 3
+
+
+def test_recomputed_blocks_are_part_of_the_graph(make, backend):
+    """Activation checkpointing under compile: one graph, eager's numbers."""
+    backend("aot_eager")
+    plain, one = make(eval_interval=0), make(eval_interval=0, compile=True, activation_checkpointing=True)
+    for _ in range(2):
+        assert measured(one.step()) == measured(plain.step())
+    assert graphs() == 1
+
+
+def test_where_torch_cannot_compile_the_run_goes_on_without_and_says_so(make, backend):
+    """The step is taken again from the same batch and random numbers, and the alert comes once."""
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler was found\nat all")
+    backend(broken)
+    plain, one = make(dropout=0.1), make(compile=True, dropout=0.1)
+    records = [one.step() for _ in range(3)]
+    assert [measured(record) for record in records] == [measured(plain.step()) for _ in range(3)]
+    alert, = records[0].alerts
+    assert alert.startswith("compile = True: torch could not compile the model, so it runs without: ")
+    assert "no compiler was found" in alert and "\n" not in alert
+    assert records[1].alerts == records[2].alerts == ()
+
+
+def test_an_error_of_the_model_is_not_taken_for_the_compilers(make, backend):
+    """It comes out as it is, without a second try."""
+    backend("eager")
+    trainer = make(compile=True)
+    trainer.step()
+    trainer.train.next = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+
+
+def test_the_alert_reaches_the_runs_events(tiny_run, backend):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler was found")
+    backend(broken)
+    run = tiny_run(n_layer=1, compile=True)
+    run.step(2)
+    alert, = run.events().query("kind == 'alert'").itertuples()
+    assert alert.step == 1 and "no compiler was found" in alert.text
+
+
+def test_the_loop_over_experts_is_refused_under_compile(tiny):
+    with pytest.raises(ConfigError, match="compile = True: must be False for experts_impl = 'loop'"):
+        tiny(compile=True, experts_impl="loop")
+    tiny(compile=True, experts_impl="loop", n_experts=0)
+
+
+@pytest.mark.parametrize("dtype, expected", [("auto", torch.float32), ("float32", torch.float32),
+                                             ("bfloat16", torch.bfloat16)])
+def test_compute_dtype_is_that_of_activations_and_never_of_weights(make, dtype, expected):
+    """On a CPU "auto" is float32; in bfloat16 the first loss is that of float32 within its rounding."""
+    trainer = make(compute_dtype=dtype)
+    out = trainer._forward(trainer.train.next()[:, :-1], controls=trainer._controls(), generator=trainer.noise)
+    assert out.logits_BSV.dtype == expected
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    exact, near = make(compute_dtype="float32").step().metrics, make(compute_dtype=dtype).step().metrics
+    assert near["train/ce"] == pytest.approx(exact["train/ce"], rel=5e-3)
+    assert (near["train/ce"] == exact["train/ce"]) == (expected == torch.float32)
