@@ -95,9 +95,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that happened at a step. ``kind``: knob, note, checkpoint, branch, or what went wrong."""
+    """Something that happened or was found ``at`` a step or more.
 
-    step: int
+    ``kind``: knob, note, checkpoint, branch; a finding's level; any other is what went wrong.
+    """
+
+    at: str
     kind: str
     title: str
     blocks: tuple[Block, ...] = ()
@@ -138,10 +141,9 @@ def pieces(text: str) -> list[tuple[str, bool]]:
     return [part for part in [*parts, (text[at:], False)] if part[0]]
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for a person: four significant digits, no more zeros than it needs."""
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """A number for a person: so many significant digits, with its sign in front on request; a dash for NaN."""
     if value is None or value != value:
         return "–"
-    if abs(value) >= 10 ** digits:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    form = f"{'+' if sign else ''},.0f" if abs(value) >= 10**digits else f"{'+' if sign else ''}.{digits}g"
+    return format(value, form).replace("-", "−") if sign else format(value, form)

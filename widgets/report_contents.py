@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from moe_core import commands, gates
-from moe_core.presets import preset
+from moe_core import gates
 from widgets import compare
 from widgets.marks import say
 from widgets.record import Record
 from widgets.report_blocks import (
     Block,
     Bullets,
-    Code,
     Document,
     Entry,
     Heading,
@@ -33,7 +30,8 @@ from widgets.report_blocks import (
     number,
 )
 from widgets.report_figures import ALTS, draw
-from widgets.report_words import assessment, is_expert, observations
+from widgets.report_setup import reproduce, setup
+from widgets.report_words import assessment, is_expert, observations, span
 
 LEVEL_OF = {gates.PASSED: "ok", gates.FAILED: "alarm", gates.NOT_REACHED: "none"}
 HOW_TOLD = (
@@ -49,9 +47,9 @@ def document(record: Record, answers: Sequence[gates.Answer], baselines: Sequenc
              base_answers: Sequence[Sequence[gates.Answer]], snapshots: Sequence[int] | None,
              title: str | None) -> Document:
     """The whole report. ``answers``: of the gates; ``base_answers``: the same gates' for each baseline."""
-    parts = [_tiles(record, answers), *_setup(record), *_snapshots(record, snapshots), *_observations(record),
+    parts = [_tiles(record, answers), *setup(record), *_snapshots(record, snapshots), *_observations(record),
              *_assessment(record), *_timeline(record), *_recommendations(record),
-             *_checklist(answers, baselines, base_answers), *_comparison(record, baselines), *_reproduce(record)]
+             *_checklist(answers, baselines, base_answers), *_comparison(record, baselines), *reproduce(record)]
     branch = "" if record.branch == "main" else f", branch {code(record.branch)}"
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     return Document(title or record.name, f"Experiment report at step {record.last_step:,}{branch}; written {written}",
@@ -72,51 +70,13 @@ def _tiles(record: Record, answers: Sequence[gates.Answer]) -> Tiles:
     counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
     worst = next((level for level, n in counts.items() if n), "ok")
     said = ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "nothing to act on"
-    tiles.append(("router health", {"ok": "ok"}.get(worst, worst), said, worst))
+    tiles.append(("router health", worst, said, worst))
     if answers:
-        passed = sum(answer.state == gates.PASSED for answer in answers)
-        failed = sum(answer.state == gates.FAILED for answer in answers)
-        level = "alarm" if failed else "ok" if passed == len(answers) else "none"
-        tiles.append(("acceptance", f"{passed} of {len(answers)}", f"{failed} failed", level))
+        counts = {state: sum(answer.state == state for answer in answers) for state in LEVEL_OF}
+        level = next(LEVEL_OF[state] for state in (gates.FAILED, gates.NOT_REACHED, gates.PASSED) if counts[state])
+        said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        tiles.append(("acceptance", f"{counts[gates.PASSED]} of {len(answers)}", said, level))
     return Tiles(tuple(tiles))
-
-
-# ---- setup -----------------------------------------------------------------------------------------------
-
-def _setup(record: Record) -> list[Block]:
-    parts: list[Block] = [Heading("Setup")]
-    rows = [("run", code(record.name)), ("branch", code(record.branch))]
-    if record.parent:
-        rows.append(("forked from", f"{code(record.parent.get('path'))}, step {record.parent.get('step')}"))
-    config = record.config
-    if config is None:
-        rows += [(str(key), code(value)) for key, value in _imported(record).items()]
-        return [*parts, Text("Imported from a log: what the log does not hold is absent here."),
-                Table(("", ""), tuple(rows))]
-    data = config.data
-    rows += [("data", code(data.dataset_name) + (f", {code(data.dataset_config)}" if data.dataset_config else "")),
-             ("seed", str(config.seed)), ("optimizer", f"`{config.optim.optimizer}`"),
-             ("tokens a step", f"{config.tokens_per_step:,}"),
-             ("tokens seen", f"{config.tokens_per_step * record.last_step:,}")]
-    for what, values in record.made.items():
-        rows.append((what, "; ".join(f"{key} {value}" for key, value in values.items())))
-    if not record.made:
-        rows.append(("versions, hardware", "not recorded by this run"))
-    parts += [Code(commands.spell(config), "bash"), Table(("", ""), tuple(rows))]
-    name = shlex.split(commands.spell(config))[3]
-    theirs, mine = commands.flat(preset(name)), commands.flat(config)
-    changed = tuple((f"`{key}`", code(theirs[key]), code(mine[key])) for key in mine if mine[key] != theirs[key])
-    if not changed:
-        return [*parts, Text(f"The config is the preset `{name}` itself.")]
-    return [*parts, Heading(f"Where it differs from the preset {name}", 3),
-            Table(("field", f"`{name}`", "here"), changed)]
-
-
-def _imported(record: Record) -> dict:
-    """What an imported run says of where it came from."""
-    source = record.raw_config["imported"]
-    return {key: value for key, value in source.items() if not isinstance(value, dict | list)} \
-        if isinstance(source, dict) else {"source": source}
 
 
 # ---- snapshots, observations, assessment -----------------------------------------------------------------
@@ -136,7 +96,7 @@ def _snapshots(record: Record, wanted: Sequence[int] | None) -> list[Block]:
             k = int(np.searchsorted(logged, step, side="right")) - 1
             cells.append("–" if k < 0 else number(values[k]) if logged[k] == step
                          else f"{number(values[k])} (at {logged[k]})")
-        rows.append((metric, *cells))
+        rows.append((f"`{metric}`", *cells))
     return [Heading("Snapshots"), Table(("metric", *(f"step {step:,}" for step in chosen)), tuple(rows),
                                         tuple(range(1, len(chosen) + 1)))]
 
@@ -159,8 +119,8 @@ def _observations(record: Record) -> list[Block]:
 
 def _assessment(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Assessment")]
-    for head, words in assessment(record):
-        parts += [Heading(head, 3), Text(words)]
+    for head, words, found in assessment(record):
+        parts += [Heading(head, 3), *([Text(words)] if words else []), *([Bullets(found)] if found else [])]
     return parts if len(parts) > 1 else [*parts, Text("There is nothing to assess yet.")]
 
 
@@ -176,13 +136,13 @@ def _timeline(record: Record) -> list[Block]:
     for event in record.events:
         kind, step, payload = event["kind"], event["step"], event["payload"]
         if kind == "note":
-            parts.append(Entry(step, kind, "Note", (Note(str(payload.get("text", ""))),)))
+            parts.append(Entry(f"step {step:,}", kind, "Note", (Note(str(payload.get("text", ""))),)))
         elif kind == "knob":  # what several turns at one step brought stands behind the last of them
             told = last_turn[step] == event["id"]
-            parts.append(Entry(step, kind, say({**event, **payload}),
+            parts.append(Entry(f"step {step:,}", kind, say({**event, **payload}),
                                tuple(effect_blocks(record.effects, step)) if told else ()))
         else:
-            parts.append(Entry(step, kind, _happened(event)))
+            parts.append(Entry(f"step {step:,}", kind, _happened(event)))
     return parts
 
 
@@ -209,7 +169,7 @@ def effect_blocks(effects: pd.DataFrame, step: int) -> list[Block]:
     rows = tuple((row["metric"], number(row["before"]), number(row["after"]), _signed(row["difference"]),
                   f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
     return [Text(f"{len(found)} of {len(tested)} metrics {'stands' if len(found) == 1 else 'stand'} out{ends}."),
-            Table(("metric", "mean before", "mean after", "change beside the trend", "range"), rows, (1, 2, 3, 4))]
+            Table(("metric", "mean before", "mean after", "change beside the trend", "interval"), rows, (1, 2, 3, 4))]
 
 
 def _once(rows: pd.DataFrame) -> pd.DataFrame:
@@ -223,7 +183,7 @@ def _once(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value, 3)
+    return number(value, 3, sign=True)
 
 
 # ---- recommendations, checklist, comparison --------------------------------------------------------------
@@ -234,9 +194,11 @@ def _recommendations(record: Record) -> list[Block]:
     if not asking:
         return [*parts, Text("No finding asks for a turn.")]
     for finding in asking:
-        rows = tuple((f"`{lever.text}`", finding.metric, lever.undo) for lever in finding.levers)
-        parts += [Entry(finding.last, finding.level, f"{finding.level.capitalize()}: {finding.text}",
-                        (Table(("turn", "watch", "undo"), rows),))]
+        undo = dict.fromkeys(lever.undo for lever in finding.levers)
+        turns = tuple(f"{' or '.join(f'`{lever.text}`' for lever in finding.levers if lever.undo == when)}; "
+                      f"watch {finding.metric}; undo {when}" for when in undo)
+        parts.append(Entry(span(finding), finding.level, f"{finding.level.capitalize()}: {finding.text}",
+                           (Bullets(turns),)))
     return parts
 
 
@@ -277,36 +239,5 @@ def _parting(record: Record, name: str, common: int, upto: int, table: pd.DataFr
             f"{code(name)} stand out from {code(record.branch)}, step by step.")
     rows = tuple((row["metric"], number(row["a"]), number(row["b"]), _signed(row["difference"]),
                   f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
-    head = ("metric", code(record.branch), code(name), "difference", "range")
+    head = ("metric", code(record.branch), code(name), "difference", "interval")
     return [Text(said), *([Table(head, rows, (1, 2, 3, 4))] if rows else [])]
-
-
-# ---- reproduction ----------------------------------------------------------------------------------------
-
-def _reproduce(record: Record) -> list[Block]:
-    if record.config is None:
-        return []
-    return [Heading("How to reproduce it"), Code(script(record), "python"),
-            Bullets(("On a CPU the same versions give the same numbers to the bit; on a GPU sums have no fixed order.",
-                     "`run.replay()` takes the steps again from config, seed and events alone, and says how far off "
-                     "they are."))]
-
-
-def script(record: Record) -> str:
-    """Python that takes the same steps with the same turns."""
-    lines = ["import moe_core as mc", "", f"cfg = mc.RunConfig.from_command({commands.spell(record.config)!r})",
-             'run = mc.Run.create(mc.free_path("runs/again"), cfg)']
-    done = 0
-    for event in record.events:
-        if event["kind"] != "knob" or event["step"] - 1 > record.last_step:
-            continue
-        if event["step"] - 1 > done:
-            lines.append(f"run.step({event['step'] - 1 - done})")
-            done = event["step"] - 1
-        turn = event["payload"]
-        how = {"hold": f"hold({turn.get('value')!r})", "follow": "follow()",
-               "ramp": f"ramp(to={turn.get('value')!r}, over={turn.get('over')!r})"}[turn["mode"]]
-        lines.append(f"run.knobs[{turn['name']!r}].{how}")
-    if record.last_step > done:
-        lines.append(f"run.step({record.last_step - done})")
-    return "\n".join(lines)

@@ -17,14 +17,18 @@ ALTS = {"loss": "Train and validation loss over steps", "experts": "Each expert'
 
 
 def draw(record: Record) -> dict[str, go.Figure]:
-    """Every figure that the run has data for: loss, experts, utilisation, layers, router, load, gradient."""
+    """Every figure that the run has data for: experts, loss, router, load, gradient, utilisation, layers."""
     metrics, shares, marks = record.metrics, record.shares(), record.marks
-    drawn = {"loss": charts.loss(metrics)} if "train/loss" in metrics or "val/loss" in metrics else {}
+    drawn = {}
     if shares is not None:
-        E, K = record.n_experts, record.top_k
-        drawn |= {"experts": charts.expert_lines(shares, top_k=K), "router": charts.confidence(metrics, E, top_k=K),
-                  "load": charts.concentration(metrics, E, top_k=K), "utilisation": charts.utilisation(shares),
-                  "layers": charts.layer_heatmap(shares)}
+        drawn["experts"] = charts.expert_lines(shares, top_k=record.top_k)
+    if "train/loss" in metrics or "val/loss" in metrics:
+        drawn["loss"] = charts.loss(metrics)
+    if shares is not None:
+        drawn |= {"router": charts.confidence(metrics, record.n_experts, top_k=record.top_k),
+                  "load": charts.concentration(metrics, record.n_experts, top_k=record.top_k)}
     if "grad/norm" in metrics:
         drawn["gradient"] = charts.clipping(metrics)
+    if shares is not None:
+        drawn |= {"utilisation": charts.utilisation(shares), "layers": charts.layer_heatmap(shares)}
     return {name: figure(chart, marks, WIDE if name == "experts" else NARROW) for name, chart in drawn.items()}

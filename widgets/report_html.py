@@ -34,15 +34,16 @@ from widgets.spark import spark
 
 USUAL = ("knob", "note", "checkpoint", "branch", "ok", "watch", "alarm")  # other kinds of entry went wrong
 
-# Draws every chart, in the width that it has, and for paper in the width that paper has.
+# Draws every chart in the width that it has. A page that is printed is laid out anew without telling its charts: they
+# are drawn in the width of paper before, and as they were behind it.
 DRAW = """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const {data, layout} = JSON.parse(document.getElementById("chart-" + figure.dataset.chart).textContent);
   Plotly.newPlot(figure.firstElementChild, data, layout, {responsive: true, displaylogo: false});
 }
-const fit = () => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.Plots.resize(plot));
-addEventListener("beforeprint", fit);
-addEventListener("afterprint", fit);
+const fit = (size) => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, size));
+addEventListener("beforeprint", () => fit({autosize: false, width: 660}));
+addEventListener("afterprint", () => fit({autosize: true, width: null}));
 """
 
 
@@ -92,9 +93,9 @@ def _block(block, drawings: Mapping[str, bytes] | None) -> str:
             return f'<div class="tiles">{"".join(inside)}</div>'
         case Pictures(pictures):
             return f'<div class="pictures">{"".join(_picture(picture, drawings) for picture in pictures)}</div>'
-        case Entry(step, kind, title, blocks):
+        case Entry(at, kind, title, blocks):
             inside = "".join(_block(part, drawings) for part in blocks)
-            return (f'<section class="entry {kind if kind in USUAL else "wrong"}"><h4><span>step {step:,}</span>'
+            return (f'<section class="entry {kind if kind in USUAL else "wrong"}"><h4><span>{_inline(at)}</span>'
                     f"{_inline(title)}</h4>{inside}</section>")
     raise TypeError(f"{type(block).__name__} is no block")
 

@@ -59,8 +59,8 @@ def block_text(block, picture: Callable[[Picture], str]) -> str:
                              for what, value, more, level in tiles)
         case Pictures(pictures):
             return "\n\n".join(picture(one) for one in pictures)
-        case Entry(step, _, title, blocks):
-            return "\n\n".join([f"**Step {step:,}** · {inline(title)}",
+        case Entry(at, _, title, blocks):
+            return "\n\n".join([f"**{inline(at.capitalize())}** · {inline(title)}",
                                 *(block_text(part, picture) for part in blocks)])
     raise TypeError(f"{type(block).__name__} is no block")
 

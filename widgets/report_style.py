@@ -65,6 +65,9 @@ body{font-size:10.5pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 main{max-width:none;padding:0}nav{display:none}
 h2{margin-top:26px}h2,h3,h4{break-after:avoid}
 figure,tr,.tile,pre{break-inside:avoid}.scroll{overflow:visible}
-.pictures{gap:10px 12px}table{font-size:9pt}th,td{padding-right:10px}
+.pictures{gap:10px 12px}table{font-size:8.5pt}th,td{padding:3px 9px 3px 0}
+code,pre{font-size:8.5pt}td code,th code{white-space:normal;background:none;padding:0}
+.moe-spark{width:110px;height:auto}.tiles{grid-template-columns:repeat(5,1fr);gap:8px}.tile{padding:8px 10px}
+.tile b{font-size:16pt}
 .modebar-container{display:none}}
 """

@@ -69,7 +69,7 @@ def _clip_row(record: Record) -> tuple | None:
         return None
     part = count / steps
     recent = recent_clipping(record)
-    read = f"{recent:.0%} of the last {min(WINDOW, len(count) - 1)}"
+    read = f"{recent:.0%} of the last {min(WINDOW, len(count))}"
     return ("grad/clipped_cum / steps", f"{part[-1]:.1%}", Spark(steps, part, None, 0.10, "part of the steps clipped"),
             trend(part), "under 5 to 10 %", read)
 
@@ -77,8 +77,8 @@ def _clip_row(record: Record) -> tuple | None:
 def recent_clipping(record: Record) -> float:
     """The part of the last steps whose gradient was clipped."""
     steps, count = record.series("grad/clipped_cum")
-    n = min(WINDOW, len(count) - 1)
-    return float((count[-1] - count[-1 - n]) / (steps[-1] - steps[-1 - n])) if n > 0 else math.nan
+    n = min(WINDOW, len(count))
+    return float((count[-1] - count[-n]) / (steps[-1] - steps[-n])) if n > 1 else math.nan
 
 
 def trend(values: np.ndarray) -> str:
@@ -87,9 +87,7 @@ def trend(values: np.ndarray) -> str:
     if len(part) < FEW:
         return f"{len(part)} values, too few"
     gained = change(part)
-    if gained == 0:
-        return f"none over the last {len(part)}"
-    return f"{'rises' if gained > 0 else 'falls'} by {number(abs(gained), 3)} over the last {len(part)}"
+    return f"{number(gained, 3, sign=True)} in {len(part)} steps" if gained else f"none in {len(part)} steps"
 
 
 def _band(record: Record, metric: str) -> tuple[float | None, float | None]:
@@ -118,21 +116,26 @@ _OF = {"Balance": ("collapsed", "active", "max_frac_max", "max_frac_mean", "star
        "Specialisation": ("top1_p", "entropy"), "Regularisation": ("aux",), "Clipping": ("clipping",)}
 
 
-def assessment(record: Record) -> list[tuple[str, str]]:
-    """(what, paragraph) for balance, specialisation, regularisation, clipping and the rest, if there is any."""
+def assessment(record: Record) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(head, paragraph, findings) of balance, specialisation, regularisation, clipping and what else was found."""
     own = {"Balance": _balance, "Specialisation": _specialisation, "Regularisation": _regularisation,
            "Clipping": _clipping}
     known = {rule for rules in _OF.values() for rule in rules}
-    parts = []
-    for head, sentences in own.items():
-        said = sentences(record) + [_sentence(f) for f in record.findings if f.rule in _OF[head]]
-        parts.append((head, " ".join(said)))
-    parts.append(("Other findings", " ".join(_sentence(f) for f in record.findings if f.rule not in known)))
-    return [(head, words) for head, words in parts if words]
+    parts = [(head, " ".join(sentences(record)), tuple(_sentence(f) for f in record.findings if f.rule in _OF[head]))
+             for head, sentences in own.items()]
+    parts.append(("Other findings", "", tuple(_sentence(f) for f in record.findings if f.rule not in known)))
+    return [part for part in parts if part[1] or part[2]]
 
 
 def _sentence(finding) -> str:
-    return f"{finding.level.capitalize()}, steps {finding.first} to {finding.last}: {finding.text}."
+    level = "Fine" if finding.level == "ok" else finding.level.capitalize()
+    return f"{level}, {span(finding)}: {finding.text}."
+
+
+def span(finding) -> str:
+    """The steps that a finding is about."""
+    one = finding.first == finding.last
+    return f"step {finding.last}" if one else f"steps {finding.first} to {finding.last}"
 
 
 def _balance(record: Record) -> list[str]:
@@ -216,7 +219,7 @@ def _clipping(record: Record) -> list[str]:
     if len(count) < 2:
         return []
     return [f"{int(count[-1])} of {steps[-1]} steps were clipped ({count[-1] / steps[-1]:.0%}), and "
-            f"{recent_clipping(record):.0%} of the last {min(WINDOW, len(count) - 1)}."]
+            f"{recent_clipping(record):.0%} of the last {min(WINDOW, len(count))}."]
 
 
 def _count(n: int, one: str, many: str) -> str:

@@ -1,0 +1,112 @@
+"""With what a run was made, and how to make it again: the first and the last section of a report."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from moe_core import commands
+from moe_core.config import RunConfig
+from moe_core.presets import preset
+from widgets.record import Record
+from widgets.report_blocks import Block, Bullets, Code, Heading, Table, Text, code
+
+PAGE = 84  # characters of a line of code that fit on paper
+
+
+def setup(record: Record) -> list[Block]:
+    parts: list[Block] = [Heading("Setup")]
+    rows = [("run", code(record.name)), ("branch", code(record.branch))]
+    if record.parent:
+        rows.append(("forked from", f"{code(record.parent.get('path'))}, step {record.parent.get('step')}"))
+    config = record.config
+    if config is None:
+        rows += [(str(key), code(value)) for key, value in _imported(record).items()]
+        return [*parts, Text("Imported from a log: what the log does not hold is absent here."),
+                Table(("", ""), tuple(rows))]
+    data = config.data
+    rows += [("data", code(data.dataset_name) + (f", {code(data.dataset_config)}" if data.dataset_config else "")),
+             ("seed", str(config.seed)), ("optimizer", f"`{config.optim.optimizer}`"),
+             ("tokens a step", f"{config.tokens_per_step:,}"),
+             ("tokens seen", f"{config.tokens_per_step * record.last_step:,}")]
+    for what, values in record.made.items():
+        rows.append((what, "; ".join(f"{key} {value}" for key, value in values.items())))
+    if not record.made:
+        rows.append(("versions, hardware", "not recorded by this run"))
+    parts += [Code(_wrapped(commands.spell(config)), "bash"), Table(("", ""), tuple(rows))]
+    name, changes = _from_preset(config)
+    theirs = commands.flat(preset(name))
+    changed = tuple((f"`{key}`", code(theirs[key]), code(value)) for key, value in changes.items())
+    if not changed:
+        return [*parts, Text(f"The config is the preset `{name}` itself.")]
+    return [*parts, Heading(f"Where it differs from the preset {name}", 3),
+            Table(("field", f"`{name}`", "here"), changed)]
+
+
+def _from_preset(config: RunConfig) -> tuple[str, dict]:
+    """(the preset that the command names, the fields that differ from it)."""
+    name = shlex.split(commands.spell(config))[3]
+    theirs = commands.flat(preset(name))
+    return name, {key: value for key, value in commands.flat(config).items() if value != theirs[key]}
+
+
+def _wrapped(command: str) -> str:
+    """A command line in lines that fit a page, each but the last with a backslash behind it."""
+    words = re.split(r" (?=--)", command)
+    return _filled(f"{words[0]} ", words[1:], " \\", "    ").rstrip()
+
+
+def _filled(head: str, words: Sequence[str], end: str, indent: str) -> str:
+    """The words behind ``head``, a space between them; where a line is full ``end`` closes it, ``indent`` opens one."""
+    lines, fresh = [head], True
+    for word in words:
+        if not fresh and len(lines[-1]) + len(word) > PAGE:
+            lines[-1] += end
+            lines.append(indent)
+            fresh = True
+        lines[-1] += word if fresh else f" {word}"
+        fresh = False
+    return "\n".join(lines)
+
+
+def _imported(record: Record) -> dict:
+    """What an imported run says of where it came from."""
+    source = record.raw_config["imported"]
+    return {key: value for key, value in source.items() if not isinstance(value, dict | list)} \
+        if isinstance(source, dict) else {"source": source}
+
+
+def reproduce(record: Record) -> list[Block]:
+    if record.config is None:
+        return []
+    return [Heading("How to reproduce it"), Code(script(record), "python"),
+            Bullets(("On a CPU the same versions give the same numbers to the bit; on a GPU sums have no fixed order.",
+                     "`run.replay()` takes the steps again from config, seed and events alone, and says how far off "
+                     "they are."))]
+
+
+def _config_in_python(config: RunConfig) -> str:
+    name, changes = _from_preset(config)
+    given = [repr(name), *(f"{key}={value!r}" for key, value in changes.items())]
+    return _filled("cfg = mc.preset(", [f"{one}," for one in given[:-1]] + [f"{given[-1]})"], "", " " * 16)
+
+
+def script(record: Record) -> str:
+    """Python that takes the same steps with the same turns."""
+    lines = ["import moe_core as mc", "", _config_in_python(record.config),
+             'run = mc.Run.create(mc.free_path("runs/again"), cfg)']
+    done = 0
+    for event in record.events:
+        if event["kind"] != "knob" or event["step"] - 1 > record.last_step:
+            continue
+        if event["step"] - 1 > done:
+            lines.append(f"run.step({event['step'] - 1 - done})")
+            done = event["step"] - 1
+        turn = event["payload"]
+        how = {"hold": f"hold({turn.get('value')!r})", "follow": "follow()",
+               "ramp": f"ramp(to={turn.get('value')!r}, over={turn.get('over')!r})"}[turn["mode"]]
+        lines.append(f"run.knobs[{turn['name']!r}].{how}")
+    if record.last_step > done:
+        lines.append(f"run.step({record.last_step - done})")
+    return "\n".join(lines)
