@@ -108,6 +108,8 @@ class Run(Timeline, Face):
         self.session.close()
         if self._trainer is not None and self._unsaved_s:
             self._save()
+        if self._trainer is not None:
+            self._trainer.train.close()
         if self._mirrors is not None:
             self._mirrors.close()
         self.store.close()

@@ -148,7 +148,10 @@ class Timeline:
         every one is 0; the run itself stays as it is.
         """
         fresh = build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print)
-        return self.history.replay(self._branch.id, self._step if upto is None else upto, fresh)
+        try:
+            return self.history.replay(self._branch.id, self._step if upto is None else upto, fresh)
+        finally:
+            fresh.train.close()
 
     def _move(self, go: Callable[[], None], wait: bool = True) -> None:
         self.session.move(go)
@@ -166,6 +169,7 @@ class Timeline:
         if self._trainer is not None:
             self.end_chunk()
             self.history.snapshot(self._branch.id, self._trainer)
+            self._trainer.train.close()
         self._trainer = None  # until it is whole again
         trainer = self.history.restore(line, step, self._build, print)
         off = self.history.retrace(line, trainer, step)
