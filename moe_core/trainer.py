@@ -11,10 +11,8 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,57 +41,11 @@ from moe_core.optim import (
     set_lr,
     update_sizes,
 )
+from moe_core.records import Backward, Routed, StepRecord
 
 __all__ = ["MemoryLimitError", "NonFiniteError", "Routed", "StepRecord", "Trainer", "resolve_device"]
 
 Got = TypeVar("Got")
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What the routers of optimizer step ``step`` decided on in its last micro-batch, for ``Run.preview``.
-
-    The logits stay on the device, L * T * E * 4 bytes until the next step; the noise is drawn again from ``noise``.
-    """
-
-    step: int
-    values: dict[str, float]  # of the knobs
-    router_logits: tuple[Tensor, ...]  # raw, [T, E] of each layer
-    noise: Tensor  # the noise generator's state before that micro-batch
-    bias_LE: Tensor | None  # the balance bias that took part
-
-
-@dataclass(frozen=True)
-class _Backward:
-    """What a step knows before its update. The parameters' ``.grad`` belong to it."""
-
-    reading: Reading
-    norm: float  # of the gradient
-    ghats: list[Tensor | None]  # gradients on sampled labels; empty where no Hessian pass was due
-    ghat_norm: float  # 0 where none was due
-    update_sizes: list[float]  # of each parameter group, by the step before
-    router_logits: tuple[Tensor, ...] | None  # of the last micro-batch
-    batches: list[tuple[Tensor, Tensor]]  # each micro-batch, and the noise generator's state before it
-    demand_LE: Tensor | None  # assignments that asked for each expert, in all of them; None when dense
-    bias_LE: Tensor | None  # a copy of the balance bias
-    waited: float  # seconds, for data
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What optimizer step number ``step`` (the first is 1) did and saw.
-
-    ``metrics``: the published names; loss, shares and the rest are of the forward passes of this step, hence
-    of the weights before its update, and means over all its micro-batches; ``update/...`` is the update that
-    made those weights, by the step before (0 in the first); ``val/...`` is of the weights after its own.
-    ``shares``: float32 [2, L, E], demand and served as shares of assignments. ``alerts``: what a person should
-    hear of, a sentence each.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    shares: np.ndarray
-    alerts: tuple[str, ...] = ()
 
 
 def resolve_device(config: RunConfig) -> torch.device:
@@ -162,7 +114,7 @@ class Trainer:
         alerts, self._alerts = tuple(self._alerts), []
         return StepRecord(number, metrics, seen.reading.shares, alerts)
 
-    def _attempt(self, number: int, values: dict[str, float]) -> tuple[_Backward, dict[str, float]]:
+    def _attempt(self, number: int, values: dict[str, float]) -> tuple[Backward, dict[str, float]]:
         """All of a step but its update."""
         cursor, noise, labels = self.train.state_dict(), self.noise.get_state(), self.labels.get_state()
         try:
@@ -199,7 +151,7 @@ class Trainer:
                                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return work()
 
-    def _where(self, term: str, seen: _Backward) -> str:
+    def _where(self, term: str, seen: Backward) -> str:
         """The first place that is not finite, in a pass through the step's micro-batches, else in its gradients."""
         named = list(self.model.named_parameters())
         if term == "the Hessian estimate":
@@ -222,7 +174,7 @@ class Trainer:
         """The model, compiled where it is."""
         return self._compute(tokens_BS, targets_BS, controls, *self.model.draw(tokens_BS, generator), return_logits)
 
-    def _backward(self) -> _Backward:
+    def _backward(self) -> Backward:
         """Gradients of the mean loss over the step's micro-batches, and what the host must know of them."""
         optim, model, t = self.config.optim, self.config.model, self.knobs.tensors
         controls, report, batches, waited = self._controls(), None, [], 0.0
@@ -253,13 +205,13 @@ class Trainer:
         if bias_LE is not None:
             mean = torch.cat([mean, bias_LE.flatten()])
         vector = torch.cat([mean, sizes, norms]).cpu().numpy()
-        return _Backward(
+        return Backward(
             Reading.unpack(vector[:len(mean)], *routed), norm=float(vector[-1]), ghats=ghats,
             ghat_norm=float(vector[-2]), update_sizes=vector[len(mean):-2].tolist(), router_logits=out.router_logits,
             batches=batches, demand_LE=packed_demand(report, *routed) if model.n_experts else None,
             bias_LE=bias_LE, waited=waited)
 
-    def _update(self, number: int, values: dict[str, float], seen: _Backward) -> None:
+    def _update(self, number: int, values: dict[str, float], seen: Backward) -> None:
         self.whole = False
         try:
             self._apply(number, values, seen)
@@ -269,7 +221,7 @@ class Trainer:
         if not self.whole:
             raise self._out_of_memory(f"step {number} was cut short in its update")
 
-    def _apply(self, number: int, values: dict[str, float], seen: _Backward) -> None:
+    def _apply(self, number: int, values: dict[str, float], seen: Backward) -> None:
         if seen.norm > values["grad_clip"]:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"],
                                                  torch.tensor(seen.norm))
@@ -280,7 +232,7 @@ class Trainer:
         if seen.bias_LE is not None:
             follow_load(self.model.balance_bias, seen.demand_LE, self.knobs.tensors["bias_update_speed"])
 
-    def _metrics(self, number: int, values: dict[str, float], seen: _Backward) -> dict[str, float]:
+    def _metrics(self, number: int, values: dict[str, float], seen: Backward) -> dict[str, float]:
         optim, reading, norm = self.config.optim, seen.reading, seen.norm
         share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
         routed = {}

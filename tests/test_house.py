@@ -44,7 +44,7 @@ def test_moe_core_trains_where_there_is_only_torch_and_numpy():
 def test_imports_point_one_way():
     """widgets -> run, session -> trainer, store, checkpoint -> model, optim, data, knobs -> config; never back."""
     floors = [["config"], ["presets"], ["model", "optim", "data", "knobs"],
-              ["metrics", "trainer", "store", "inbox", "checkpoint"],
+              ["metrics", "records", "faults", "compiled", "trainer", "store", "inbox", "checkpoint"],
               ["session", "history", "frames", "rules", "preview"],
               ["handle", "ab", "timeline", "guide", "porter"], ["health"], ["face"], ["attach"], ["run"]]
     floor = {name: height for height, names in enumerate(floors) for name in names}

@@ -5,14 +5,14 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_core.config import OptimConfig
-from moe_core.model import RouterControls, Transformer
+from moe_core.model import Output, RouterControls
 
 
 def hessian_due(config: OptimConfig, steps_done: int) -> bool:
@@ -36,12 +36,12 @@ def sample_labels(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
     return labels_BS1.squeeze(-1).clamp_max_(logits_BSV.shape[-1] - 1)  # a product may round up to the total
 
 
-def sampled_gradients(model: Transformer, tokens_BS: Tensor, controls: RouterControls | None,
+def sampled_gradients(model: Callable[..., Output], tokens_BS: Tensor, controls: RouterControls | None,
                       generator: torch.Generator, params: Sequence[Tensor]) -> list[Tensor | None]:
     """Gradients of the mean cross-entropy on sampled labels: at every position, without the router's losses.
 
     B * S times their squares are, in the mean over labels, the Gauss-Newton diagonal of that cross-entropy.
-    Labels, and in training mode the router's noise, come from ``generator``. Nothing else is touched: no
+    Labels, and in training mode the router's noise and dropout, come from ``generator``. Nothing else is touched: no
     ``.grad``, no counter, no other random stream. None where a parameter has no part in the loss.
     """
     logits_BSV = model(tokens_BS, controls=controls, generator=generator, return_logits=True).logits_BSV.float()

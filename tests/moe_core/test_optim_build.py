@@ -39,6 +39,18 @@ def test_every_parameter_is_in_exactly_one_group_of_its_rule(name, optimizer):
         assert group["weight_decay"] == (decay if p.ndim > 1 else 0.0), path
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_biases_are_vectors_and_a_dense_block_beside_routed_ones_is_an_mlp(optimizer):
+    """No bias decays or goes to Muon, the experts' stacks of them included; dense matrices are a group of their own."""
+    config, model = meta_model("nano", optimizer=optimizer, bias=True, skip_first_n_moe=1)
+    groups = {group["name"]: group for group in build_optimizer(config.optim, model).param_groups}
+    biases = [p for name, p in model.named_parameters() if "bias" in name or ".b_" in name]
+    vectors = set(groups["vectors"]["params"])
+    assert len(biases) == 4 * 5 + 3 + 3 * (1 + 3) and vectors.issuperset(biases)
+    assert groups["vectors"]["weight_decay"] == 0.0 and groups["vectors"]["rule"] != "muon"
+    assert len(groups["mlp"]["params"]) == 3 and len(groups["experts"]["params"]) == 9
+
+
 def test_the_routers_place_is_an_option():
     """Its matrix goes to Muon when asked, its bias never; under AdamW alone the option changes nothing."""
     for optimizer, place, rule in (("muon_adamw", "aux", "adamw"), ("muon_adamw", "muon", "muon"),

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -114,6 +115,15 @@ def test_clipping_bounds_the_gradient_and_is_counted(make):
     assert rows[0]["grad/norm"] > 1e-2  # the metric is the norm before clipping
 
 
+def test_data_wait_is_the_part_of_a_step_that_waited_for_batches(make):
+    """A batch that takes half a second to come is most of a small model's step, and all of them together."""
+    trainer = make(gradient_accumulation_steps=2, eval_interval=0)
+    assert 0 < trainer.step().metrics["perf/data_wait"] < 0.5
+    quick, trainer.train.next = trainer.train.next, lambda: time.sleep(0.5) or quick()
+    row = trainer.step().metrics
+    assert 0.5 < row["perf/data_wait"] < 1 and row["perf/tok_s"] < 2 * 4 * 32 / 1.0
+
+
 def test_the_same_run_twice_is_the_same_run(make):
     """Six steps of two trainers: every metric but the speed, every share and every weight, to the bit."""
     one, two = make(dropless=False), make(dropless=False)
@@ -150,7 +160,9 @@ class CountSyncs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(dropless=False, top_k=2),
-                                     dict(optimizer="muon_sophia", sophia_k=1, starved_experts="skip")])
+                                     dict(optimizer="muon_sophia", sophia_k=1, starved_experts="skip"),
+                                     dict(balance="both", dropout=0.1, bias=True, skip_first_n_moe=1,
+                                          activation_checkpointing=True, gradient_accumulation_steps=2)])
 def test_a_step_reads_nothing_back_but_its_one_report(make, changes):
     """No .item() and no data-dependent shape from the forward to the update; the report is one .cpu()."""
     trainer = make(eval_interval=0, grad_clip=1e6, **changes)
