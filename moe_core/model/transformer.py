@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_core.config import ModelConfig, RouterConfig
 from moe_core.model.attention import Attention, Embedding, Linear, RMSNorm, rope_tables
+from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import Experts
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
 from moe_core.model.size import count_params, flops_per_token
@@ -188,12 +189,15 @@ class Transformer(nn.Module):
                                    None if kept_NBSD is None else kept_NBSD[1 + 2 * i : 3 + 2 * i])
             if routing is not None:
                 routings.append(routing)
-        logits_BSV = F.linear(self.norm(x_BSD), self.embed.weight.to(x_BSD.dtype))
+        x_BSD, logits_BSV = self.norm(x_BSD), None
+        if return_logits or targets_BS is None:
+            logits_BSV = F.linear(x_BSD, self.embed.weight.to(x_BSD.dtype))
 
         losses, balance_L, z_L, stats, router_logits = {}, None, None, None, None
         if targets_BS is not None:
-            # In float32: a bfloat16 sum of this many terms is wrong in the first decimal.
-            losses["ce"] = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+            targets = targets_BS.flatten()
+            losses["ce"] = (linear_cross_entropy(x_BSD.flatten(0, 1), self.embed.weight, targets)
+                            if logits_BSV is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets))
         if routings:
             # Each layer has its own product, then the mean: pooled demand would hide layers that collapse
             # on different experts.
@@ -203,8 +207,7 @@ class Transformer(nn.Module):
             balance_L, z_L = balance_L.detach(), z_L.detach()
             stats = RouterStats.stack([r.stats for r in routings])
             router_logits = tuple(r.logits_TE for r in routings)
-        wants_logits = return_logits or targets_BS is None
-        return Output(losses, balance_L, z_L, stats, router_logits, logits_BSV if wants_logits else None)
+        return Output(losses, balance_L, z_L, stats, router_logits, logits_BSV)
 
     def num_params(self) -> int:
         """Every parameter once (the output head is the embedding), from the structure alone."""

@@ -81,13 +81,25 @@ def test_computed_size_is_the_real_one(variant):
     assert count_params(config.model) == sum(p.numel() for p in build(config).parameters())
 
 
+def test_the_loss_is_that_of_the_logits():
+    """Cross-entropy chunk by chunk and that of all logits at once agree, and so do all gradients."""
+    model, (tokens, targets) = build(TINY), batch(TINY)
+    grads = []
+    for whole in (False, True):
+        model.zero_grad()
+        loss = model(tokens, targets, return_logits=whole, generator=torch.Generator().manual_seed(0)).losses["ce"]
+        loss.backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v])
 def test_flops_are_those_that_torch_counts(variant):
     """Matrix products of forward and backward, counted as they run; the router included, norms not."""
     config = TINY.replace(**VARIANTS[variant])
     model, (tokens, targets) = build(config, experts_impl="loop"), batch(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens, targets).losses["ce"].backward()
+        model(tokens, targets, return_logits=True).losses["ce"].backward()  # torch counts no product in place
     assert counter.get_total_flops() == tokens.numel() * model.flops_per_token()
 
 
