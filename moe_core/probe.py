@@ -24,11 +24,13 @@ from moe_core import checkpoint
 from moe_core.config import RunConfig
 from moe_core.data import open_data
 from moe_core.data.pretrained import load_pretrained
+from moe_core.history import History
 from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.model import RouterControls, Routing, Transformer
 from moe_core.model.router import Router
 from moe_core.session import BUSY, Command
+from moe_core.store import MAIN, Branch, RunStore
 from moe_core.token_text import TokenText, classes_of, pieces_of
 from moe_core.trainer import Trainer, resolve_device, resolve_dtype
 
@@ -59,13 +61,13 @@ _sources: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def inspect(run, texts=None, step: int | str | None = None) -> Inspection:
-    """See ``Run.inspect``, whose words these are. Raises ValueError."""
+    """See ``Run.inspect``, which is this; ``run`` may also be a :class:`Saved`. Raises ValueError."""
     probe = _probe(run, texts)
     return _read(run.config, _weights(run, step), probe, _source(run).text)
 
 
 def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
-    """See ``Run.saturation``. Raises ValueError."""
+    """See ``Run.saturation``, which is this; ``run`` may also be a :class:`Saved`. Raises ValueError."""
     import pandas as pd
 
     probe, source = _probe(run, texts), _source(run)
@@ -76,6 +78,31 @@ def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
         frames.append(now.changed_since(then).reset_index().assign(step=then.step, compared_with=now.step))
     columns = ["step", "layer", "saturation", "changed", "chance", "compared_with"]
     return pd.concat(frames)[columns].reset_index(drop=True) if frames else pd.DataFrame(columns=columns)
+
+
+class Saved:
+    """A run as its directory alone shows it, for :func:`inspect` and :func:`saturation` where there is no ``Run``: in
+    another process than the one that trains it, or in a report. Now is the newest state that is saved.
+
+    ``store`` is only read. Raises ValueError for an imported log, which has no weights.
+    """
+
+    session = _trainer = None
+
+    def __init__(self, store: RunStore):
+        if store.get_meta("imported") is not None:
+            raise ValueError(f"{store.path}: is an imported log, which has no weights to look into")
+        self.store, self.config = store, RunConfig.from_dict(store.config)
+        self.history = History(store, 0, 1)
+
+    @property
+    def _branch(self) -> Branch:
+        current = self.store.get_meta("branch", MAIN)
+        return next(branch for branch in self.store.branches() if branch.id == current)
+
+    @property
+    def current_step(self) -> int:
+        return self.store.last_step(self._branch.id)
 
 
 # ---- the probe -------------------------------------------------------------------------------------------------
@@ -200,14 +227,22 @@ def _present(run) -> Weights:
             except Exception as error:
                 answer.set_exception(error)
 
-    run.session.post(Command("look", {"look": look}))
-    while not concurrent.futures.wait([answer], WAIT).done:
-        if run.session.state not in BUSY:  # training failed meanwhile, and what was posted waits for the next wish
-            run.session.post(Command("look", {"look": lambda trainer: None}))
-    if (present := answer.result()) is not None:
-        return present
-    states = run.history.states(run._branch.id, run.current_step)
-    return _loaded(run, states[0]) if states else _initial(run.config)
+    if run.session is not None:
+        run.session.post(Command("look", {"look": look}))
+        while not concurrent.futures.wait([answer], WAIT).done:
+            if run.session.state not in BUSY:  # training failed meanwhile: what was posted waits for the next wish
+                run.session.post(Command("look", {"look": lambda trainer: None}))
+        if (present := answer.result()) is not None:
+            return present
+    failed = None
+    for state in run.history.states(run._branch.id, run.current_step):
+        try:
+            return _loaded(run, state)
+        except checkpoint.CheckpointError as error:  # damaged, or dropped meanwhile by who trains
+            failed = error
+    if failed is not None:
+        raise failed
+    return _initial(run.config)
 
 
 def _copied(trainer: Trainer) -> Weights:

@@ -89,11 +89,14 @@ def coactivation(inspection: Inspection, layer: int) -> Chart:
                     **axis})
 
 
-def overview(inspection: Inspection, width: int = WIDTH) -> go.Figure:
-    """Mutual information, and which expert follows which for every two layers: at most eleven pairs, evenly spread."""
+def overview(inspection: Inspection, width: int = WIDTH, since: pd.DataFrame | None = None) -> go.Figure:
+    """Mutual information; with ``since`` (``run.saturation()``) how much of the routing stayed; and which expert
+    follows which for every two layers, at most eleven pairs, evenly spread.
+    """
     last = inspection.n_layer - 1
     pairs = sorted({round(at) for at in np.linspace(0, last - 1, min(last, PAIRS))}) if last else []
-    charts = [information(inspection), *(coactivation(inspection, layer) for layer in pairs)]
+    charts = [information(inspection), *([] if since is None else [saturation(since)]),
+              *(coactivation(inspection, layer) for layer in pairs)]
     columns = min(3 if width >= WIDE else 2 if width >= MEDIUM else 1, len(charts))
     traces, layout = arrange([Place(chart, at // columns, at % columns) for at, chart in enumerate(charts)], Marks(),
                              width)
@@ -162,9 +165,12 @@ class Specialisation(ipw.VBox):
     Nothing in it waits for the kernel. ``text.layer`` is the layer shown as text, here and in the page.
     """
 
-    def __init__(self, inspection: Inspection, layer: int = 0, tokens: int = TOKENS):
-        """``layer``: shown at first. ``tokens``: how many of the probe are shown as text, from its start."""
+    def __init__(self, inspection: Inspection, layer: int = 0, tokens: int = TOKENS,
+                 since: pd.DataFrame | None = None):
+        """``layer``: shown at first. ``tokens``: how many of the probe are shown as text, from its start. ``since``:
+        ``run.saturation()``, to be drawn too.
+        """
         self.inspection = inspection
         uid = f"spec{uuid.uuid4().hex[:10]}"
         self.text = TokenView(html=section_html(inspection, layer, tokens, uid=uid), uid=uid, layer=layer)
-        super().__init__([self.text, go.FigureWidget(overview(inspection, NARROW).update_layout(width=NARROW))])
+        super().__init__([self.text, go.FigureWidget(overview(inspection, NARROW, since).update_layout(width=NARROW))])

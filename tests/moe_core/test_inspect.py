@@ -14,6 +14,7 @@ from moe_core.data import load_tokens, train_tokenizer
 from moe_core.inspect import Inspection
 from moe_core.model import RouterControls
 from moe_core.model.router import Router
+from moe_core.store import RunStore
 from moe_core.token_text import CLASSES, TokenText, classes_of, pieces_of
 
 TEXT = "def measure(value):\n    return value + 1  # naïve 🎈 and 漢字\n"
@@ -151,6 +152,25 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
         assert run.current_step == 3 and len(run.branches()) == 1
     finally:
         run.close()
+
+
+def test_a_reader_of_the_store_sees_what_is_saved_while_another_trains(tiny_run):
+    """Without a Run: now is the newest saved state, each kept one is to be had, and no file is touched."""
+    run = tiny_run(save_interval=2, keep_checkpoints=9)
+    run.step(3)
+    run.checkpoint("three")
+    run.step(2)
+    want = {step: run.inspect(TEXT, step) for step in (2, "three", 4)}
+    files = {file: file.stat().st_mtime_ns for file in run.path.rglob("*.safetensors")}
+    run.session.start(30)
+    with RunStore.open(run.path) as store:
+        saved = probe.Saved(store)
+        for step, one in want.items():
+            assert np.array_equal(probe.inspect(saved, TEXT, step).weights, one.weights)
+        now = probe.inspect(saved, TEXT)
+        assert now.step >= 4 and set(probe.saturation(saved, [2], TEXT)["step"]) == {2}
+        run.session.wait()
+    assert all(file.stat().st_mtime_ns == at for file, at in files.items() if file.exists())
 
 
 def test_weights_of_an_update_that_was_cut_short_are_not_shown(tiny_run):

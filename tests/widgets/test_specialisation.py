@@ -131,6 +131,8 @@ def test_saturation_is_drawn_to_the_step_that_it_is_compared_with(tiny_run):
         assert line["x"].tolist() == [0, 1, 2, 3]
         np.testing.assert_allclose(line["y"], [*table[table["layer"] == layer]["saturation"], 1.0], rtol=1e-6)
     figure(specialisation.saturation(table.iloc[:0])).to_json()
+    drawn = overview(run.inspect(), since=table)
+    assert {line["uid"] for line in lines} < {trace.uid for trace in drawn.data}
 
 
 def test_a_view_holds_the_text_and_the_charts(inspected):
