@@ -90,25 +90,30 @@ def standing(records: Sequence[Record], names: Sequence[str]) -> Table:
 def draw(records: Sequence[Record], names: Sequence[str] | None = None) -> dict[str, go.Figure]:
     """Every overlay that at least one run has something for, by the name that a report gives it."""
     names = labels(records) if names is None else names
-    return {f"overlay-{metric.replace('/', '-')}": overlay(records, names, metric, unit, title)
+    return {_key(metric): overlay(records, names, metric, unit, title)
             for metric, unit, title in OVERLAID if any(len(record.series(metric)[0]) for record in records)}
 
 
 def overlay(records: Sequence[Record], names: Sequence[str], metric: str, unit: str, title: str) -> go.Figure:
     """One metric of several runs on one pair of axes."""
-    traces = []
+    traces, key = [], _key(metric)
     for k, (record, name, color) in enumerate(zip(records, names, expert_colors(len(records)), strict=True)):
         steps, values = record.series(metric)
         steps, values = thin(steps, np.asarray(values, np.float32), POINTS)
         said = html.escape(name)  # plotly reads tags in what it shows
         traces.append({
-            "type": "scatter", "uid": f"{metric}-{k}", "x": steps, "y": values, "name": said, "showlegend": True,
+            "type": "scatter", "uid": f"{key}-{k}", "x": steps, "y": values, "name": said, "showlegend": True,
             "mode": "lines+markers" if len(steps) <= 60 else "lines", "marker": {"size": 4},
             "line": {"color": color, "width": 1.5},
             "hovertemplate": f"{said}<br>{metric} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
-    chart = Chart(f"overlay-{metric}", f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
+    chart = Chart(key, f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
                   legend=True)
     return figures.figure(chart, width=520).update_layout(legend_title_text="")
+
+
+def _key(metric: str) -> str:
+    """The name of an overlay; plotly makes class names of it, which have no stroke in them."""
+    return f"overlay-{metric.replace('/', '-')}"
 
 
 def _titles(records: Sequence[Record]) -> list[str]:

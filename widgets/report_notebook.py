@@ -58,8 +58,11 @@ def _path(record: Record, out: Path) -> str:
 
 
 def _drawing(picture: Picture, png: bytes | None) -> dict:
-    shown = [new_output("display_data", {"image/png": base64.b64encode(png).decode(), "text/plain": picture.alt})]
-    return new_code_cell(f"figures[{picture.name!r}]", outputs=shown if png else [])
+    cell = new_code_cell(f"figures[{picture.name!r}]")
+    if png is not None:
+        cell.outputs.append(new_output("display_data", {"image/png": base64.b64encode(png).decode(),
+                                                        "text/plain": picture.alt}))
+    return cell
 
 
 def _no_picture(picture: Picture) -> str:

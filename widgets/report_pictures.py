@@ -32,5 +32,5 @@ def pictures(wanted: Sequence[Picture], kind: str) -> dict[str, bytes]:
             kaleido.stop_sync_server(silence_warnings=True)
     except Exception as error:  # a browser fails in many ways, and each is one to the person who wants a picture
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PictureError(f"no {kind} of a chart: kaleido needs Chrome or Chromium, and says: {why}") from error
+        raise PictureError(f"no {kind} of a chart by kaleido, which needs Chrome or Chromium: {why}") from error
     return drawn
