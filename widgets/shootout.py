@@ -34,8 +34,10 @@ OVER = {"steps": STEP, "tokens": "tokens", "seconds": "seconds of training"}
 FORMATS = {"steps": ",d", "tokens": "~s", "seconds": ""}
 VALUES = {"train/ce": "Train cross-entropy", "val/loss": "Validation loss"}
 UIDS = {"train/ce": "train", "val/loss": "val"}
-LIVE_POINTS = 300  # of a line, seeds together
-SHORTEST, DRAWING_SHARE = 2.0, 0.05  # seconds between two updates, at least; of the time that goes into drawing
+LIVE_POINTS, LIVE_WIDTH = 300, 960  # of a line, seeds together; pixels, which a notebook's cell has on most screens
+SHORTEST, LONGEST, DRAWING_SHARE = 2.0, 10.0, 0.08  # seconds between two updates; of the time goes into drawing
+STYLE = """<style>.moe-shootout { overflow-x: auto; font-size: 12px; line-height: 1.5 }
+.moe-shootout th, .moe-shootout td { padding: 1px 10px 1px 0; white-space: nowrap; text-align: right }</style>"""
 KEY = 22  # pixels of a row of the key above the charts
 
 _views: weakref.WeakValueDictionary[Path, ShootoutView] = weakref.WeakValueDictionary()
@@ -150,7 +152,7 @@ class ShootoutView(ipw.VBox):
                                       style=ipw.ToggleButtonsStyle(button_width="90px"))
         self.smooth = ipw.Checkbox(value=True, description="smooth the training loss", indent=False,
                                    layout=ipw.Layout(width="auto"))
-        self.status, self.table = ipw.HTML(), ipw.HTML()
+        self.status, self.table = ipw.HTML(layout=ipw.Layout(margin="0 0 0 16px")), ipw.HTML()
         self._look()
         traces, layout = self._parts()
         self.figure = PanelFigure(traces, layout | {"template": "none"}, self._on_drawn, lambda changes: None)
@@ -227,9 +229,9 @@ class ShootoutView(ipw.VBox):
 
     def _parts(self) -> tuple[list[dict], dict]:
         traces, layout = shootout_parts(self._lines, [self.over.value], None if self.smooth.value else 1,
-                                        limit=LIVE_POINTS)
+                                        LIVE_WIDTH, LIVE_POINTS)
         # Left to size itself it would take the size of the moment when it is made, before it is in the page.
-        return traces, layout | {"width": WIDTH, "autosize": False}
+        return traces, layout | {"width": LIVE_WIDTH, "autosize": False}
 
     def _send(self) -> None:
         traces, layout = self._parts()
@@ -248,7 +250,8 @@ class ShootoutView(ipw.VBox):
         self._say()
 
     def _on_drawn(self, edit_id: int) -> None:
-        self.interval = max((time.perf_counter() - self._sent_at) / DRAWING_SHARE, SHORTEST)
+        took = time.perf_counter() - self._sent_at
+        self.interval = min(max(took / DRAWING_SHARE, SHORTEST), LONGEST)
 
     def _say(self) -> None:
         at = [f"{job.name} at step {self._lines[job.label][job.seed].rows.index[-1]:,}" for job in self._jobs
@@ -270,5 +273,6 @@ def table_html(frame: pd.DataFrame) -> str:
                for name, form in formats.items() if name in shown}
     shown = shown.assign(**{"within spread": ["" if pd.isna(x) else "yes" if x else "no"
                                               for x in shown["within spread"]]})
-    return (f"<div>difference, interval, steps and seconds: against <b>{frame.attrs['baseline']}</b></div>"
-            + shown.to_html(index=False, border=0, formatters=columns, na_rep=""))
+    page = shown.to_html(index=False, border=0, formatters=columns, na_rep="")
+    return (f'{STYLE}<div class="moe-shootout">differences, and steps and seconds to its last loss: against '
+            f"<b>{frame.attrs['baseline']}</b>{page}</div>")
