@@ -47,7 +47,7 @@ border-bottom:2px solid var(--s,var(--c,#888));border-radius:2px;margin-right:1p
 .moe-spec .doc{margin:8px 0 2px;font-family:system-ui,sans-serif;font-size:11px;opacity:.75;
 border-top:1px solid rgba(128,128,128,.35)}
 .moe-spec .doc:first-child{margin-top:0;border-top:0}
-.moe-spec .typical{display:none;border-collapse:collapse;margin:6px 0;color:inherit}
+.moe-spec .typical{display:none;border-collapse:collapse;margin:6px 0;color:inherit;font-size:inherit}
 .moe-spec .typical :is(td,th){padding:2px 8px 2px 0;text-align:left;vertical-align:baseline;background:none;
 font-weight:normal;border:0}
 .moe-spec .typical .share{text-align:right;font-variant-numeric:tabular-nums}
