@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
 from moe_core import headless, verbs
+from moe_core.flags import FIELDS
 from moe_core.headless import TrainingError, tell
 from moe_core.trainer import NonFiniteError
 
@@ -109,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = dict(metavar="RUN", help="a run's directory")
-    add("train", None, "make a run and train it to max_iters", TRAIN, "moe train [RUN_DIR] COMMAND LINE")
+    add("train", None, "make a run and train it to max_iters", TRAIN + "\nFields:\n" + textwrap.fill(
+        " ".join(FIELDS), 110, initial_indent="  ", subsequent_indent="  "), "moe train [RUN_DIR] COMMAND LINE")
     p = add("resume", lambda a: headless.resume(a.run, a.steps), "go on with a run, or from one of its checkpoints",
             "  moe resume runs/first\n  moe resume runs/first --steps 200\n"
             "  moe resume runs/first/checkpoints/1-00000400.safetensors")
@@ -172,9 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--title")
     p.add_argument("--static", **static)
     p = add("import", verbs.import_, "read an old console log or a W&B CSV export into a run, to compare with",
-            "  moe import train.log runs/baseline\n  moe import wandb_export.csv runs/baseline")
-    p.add_argument("log", metavar="LOG")
-    p.add_argument("run", metavar="RUN", help="the new run's directory")
+            "  moe import train.log runs/baseline\n  moe import part1.log part2.log runs/baseline\n"
+            "  moe import dense.log runs/dense --val-every 200\n  moe import wandb_export.csv runs/baseline")
+    p.add_argument("logs", nargs="+", metavar="LOG", help="a file, or those of one training in their order")
+    p.add_argument("run", metavar="RUN", help="the new run's directory; a folder of runs where they tell of several")
+    p.add_argument("--val-every", action="append", default=[], metavar="[NAME=]N",
+                   help="steps between validations in a dense log, of all optimizers or of one; repeatable")
+    p.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="a metric; repeatable")
+    p.add_argument("--shift", type=int, default=0, metavar="N", help="add N to every step of the log")
     add("shootout", None, "train the same model with several optimizers and compare them", SHOOTOUT,
         "moe shootout [DIR] COMMAND LINE [--seeds N] [--tune]")
     return parser

@@ -19,6 +19,7 @@ from moe_core.console import Console
 from moe_core.run import Run, free_path
 from moe_core.session import BUSY
 from moe_core.store import RunStore, StoreError
+from moe_core.trainer import resolve_device
 
 LOOK = 0.1  # seconds between two looks at a run that trains
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -50,13 +51,14 @@ def held(path: str | Path) -> Iterator[Run | Attached]:
 def train(line: commands.Line) -> int:
     """``moe train``: the run that a command line means, made or gone on with, and trained. Returns the exit code."""
     config = line.config
-    if line.dialect != commands.OWN:
-        tell(f"read as a command of {line.dialect}; 'moe show RUN' says it in this project's own words")
     if config.resume is not None or (config.auto_resume and _holds_run(config.checkpoint_dir)):
         run = _return(config.resume or config.checkpoint_dir)
         _say_ignored(run, line)
         total = line.given.get("max_iters", run.config.optim.max_iters)
     else:
+        resolve_device(config)  # refuses before anything is fetched
+        if line.dialect != commands.OWN:
+            tell(f"read as a command of {line.dialect}; 'moe show RUN' says it in this project's own words")
         wanted = Path(config.checkpoint_dir or default_place(line.preset or Path(line.dialect).stem))
         place = free_path(wanted)
         if place != wanted:

@@ -10,13 +10,16 @@ from pathlib import Path
 
 from moe_core import commands, store_access
 from moe_core.attach import Attached
+from moe_core.run import Run
 from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.store_rows import Steps
 
 DEPTH = 4  # folders below the one that is listed in which runs are looked for
 EVENTS = 12  # newest, that `moe show` prints
-SHOWN = ("train/loss", "train/ce", "val/loss", "lr", "grad/norm", "perf/tok_s", "router/max_frac_max",
-         "router/max_frac_mean", "router/active_min", "router/entropy_mean", "router/top1_p_mean",
-         "router/drop_frac_mean", "router/collapsed")
+IMPORTED = "imported"  # in the config of a run that was made of an old log
+SHOWN = ("train/loss", "train/ce", "val/loss", "val/loss_with_aux", "lr", "grad/norm", "perf/tok_s",
+         "router/max_frac_max", "router/max_frac_mean", "router/active_min", "router/entropy_mean",
+         "router/top1_p_mean", "router/drop_frac_mean", "router/collapsed")
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
@@ -50,10 +53,16 @@ def table(folder: Path) -> list[str]:
 
 def _row(store: RunStore) -> tuple[str, ...]:
     branch = store.get_meta("branch", MAIN)
-    last, config = store.last_step(branch), store.config
-    rows = store.read_steps(branch, max(0, last - config.get("eval_interval", 0) - 1), shares=False)
-    return (f"{last}/{config['optim']['max_iters']}", _newest(rows, "train/ce"), _newest(rows, "val/loss"),
-            state(store), str(len(store.branches())))
+    planned = store.config.get("optim", {}).get("max_iters")
+    rows = _tail(store, branch)
+    return (f"{store.last_step(branch)}{'' if planned is None else f'/{planned}'}", _newest(rows, "train/ce"),
+            _newest(rows, "val/loss"), state(store), str(len(store.branches())))
+
+
+def _tail(store: RunStore, branch: int) -> Steps:
+    """The newest rows, with the last validation among them."""
+    every = store.config.get("eval_interval")
+    return store.read_steps(branch, 0 if every is None else max(0, store.last_step(branch) - every), shares=False)
 
 
 def _newest(rows, name: str) -> str:
@@ -63,40 +72,52 @@ def _newest(rows, name: str) -> str:
 
 def state(store: RunStore) -> str:
     """What the process that has the run open does with it; "closed" where none has."""
+    if IMPORTED in store.config:
+        return "imported"
     if store_access.writer(Path(store.path)) is None:
         return "closed"
     return (store.get_meta("progress") or {}).get("state", "open")
 
 
-def describe(run: Attached) -> Iterator[str]:
-    """All that ``moe show`` prints of a run, line by line."""
-    store, config = run.store, run.config
-    branch = next(b for b in store.branches() if b.name == run.branch)
-    step = run.current_step
-    yield f"{run.path}: step {step} of {config.optim.max_iters} on branch {run.branch!r}, {state(store)}"
-    if parent := store.get_meta("parent"):
-        yield f"forked from {parent['path']} at step {parent['step']}"
-    yield f"command: {commands.spell(config)}"
-    rows = store.read_steps(branch.id, max(0, step - config.eval_interval - 1), shares=False)
-    if len(rows):
-        yield "metrics, the newest:"
-        yield from (f"  {name:<24}{_newest(rows, name)}" for name in SHOWN if name in rows.names)
-    yield "knobs:"
-    yield from (f"  {knob!r}" for knob in run.knobs.values())
-    yield "branches:"
-    names = {b.id: b.name for b in store.branches()}
-    for b in store.branches():
-        origin = "" if b.parent is None else f", from {names[b.parent]!r} at step {b.fork_step}"
-        yield f"  {b.name}: step {store.last_step(b.id)}{origin}{' (current)' if b.id == branch.id else ''}"
-    yield "checkpoints:"
-    for c in store.checkpoints():
-        yield f"  {names[c.branch]} step {c.step}{'' if c.name is None else f', {c.name!r}'}: {c.path}"
-    yield from _health(run)
-    yield f"events, the newest {EVENTS}:"
-    for event in store.read_events(branch.id)[-EVENTS:]:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["applied"]))
-        said = ", ".join(f"{key} {value}" for key, value in event["payload"].items() if key != "traceback")
-        yield f"  {when}  step {event['step']:>6}  {event['kind']}: {_plain(said)}"
+def describe(path: Path) -> Iterator[str]:
+    """All that ``moe show`` prints of a run, line by line. Raises StoreError."""
+    with RunStore.open(path) as store:
+        trained = None if IMPORTED in store.config else Run.attach(path)
+        branches = store.branches()
+        current = next(b for b in branches if b.id == store.get_meta("branch", MAIN))
+        step = store.last_step(current.id)
+        yield (f"{path}: step {step}{'' if trained is None else f' of {trained.config.optim.max_iters}'} on branch "
+               f"{current.name!r}, {state(store)}")
+        if parent := store.get_meta("parent"):
+            yield f"forked from {parent['path']} at step {parent['step']}"
+        if trained is not None:
+            yield f"command: {commands.spell(trained.config)}"
+        rows = _tail(store, current.id)
+        if len(rows):
+            yield "metrics, the newest:"
+            yield from (f"  {name:<24}{_newest(rows, name)}" for name in SHOWN if name in rows.names)
+        if trained is not None:
+            yield "knobs:"
+            yield from (f"  {knob!r}" for knob in trained.knobs.values())
+        yield "branches:"
+        names = {b.id: b.name for b in branches}
+        for b in branches:
+            origin = "" if b.parent is None else f", from {names[b.parent]!r} at step {b.fork_step}"
+            yield f"  {b.name}: step {store.last_step(b.id)}{origin}{' (current)' if b.id == current.id else ''}"
+        if saved := store.checkpoints():
+            yield "checkpoints:"
+            for c in saved:
+                yield f"  {names[c.branch]} step {c.step}{'' if c.name is None else f', {_plain(c.name)!r}'}: {c.path}"
+        if trained is not None:
+            yield from _health(trained)
+            trained.close()
+        if events := store.read_events(current.id)[-EVENTS:]:
+            yield "events, the newest:"
+        for event in events:
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["applied"]))
+            said = ", ".join(f"{value}" if key == "text" else f"{key} {value}"
+                             for key, value in event["payload"].items() if key != "traceback")
+            yield f"  {when}  step {event['step']:>6}  {event['kind']}: {_plain(said)}"
 
 
 def _plain(text: str) -> str:

@@ -160,13 +160,8 @@ def ls(given) -> None:
 
 def show(given) -> None:
     from moe_core import overview
-    from moe_core.run import Run
 
-    run = Run.attach(given.run)
-    try:
-        print("\n".join(overview.describe(run)))
-    finally:
-        run.close()
+    print("\n".join(overview.describe(Path(given.run))))
 
 
 def export(given) -> None:
@@ -194,4 +189,17 @@ def compare(given) -> None:
 def import_(given) -> None:
     from moe_core.old_logs import import_log
 
-    print(import_log(given.log, given.run))
+    try:
+        every = {name: steps(number) for name, _, number in (said.rpartition("=") for said in given.val_every)}
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--val-every {error}") from None
+    if "" in every and len(every) > 1:
+        raise ConfigError(f"--val-every {every['']}: is for all optimizers, and cannot stand beside one's own")
+    print(import_log(given.logs, given.run, every.get("", every or None), dict(map(_pair, given.rename)), given.shift))
+
+
+def _pair(said: str) -> tuple[str, str]:
+    old, equals, new = said.partition("=")
+    if not (old and equals and new):
+        raise ConfigError(f"--rename {said!r}: must be OLD=NEW")
+    return old, new
