@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from widgets import charts
 from widgets.charts import Chart, Others
 from widgets.marks import Marks
+from widgets.others import other_branches
 from widgets.series import POINTS, Shares, within
 
 TEXT, GRID, RULE, MARK = "#808080", "rgba(128,128,128,0.2)", "rgba(128,128,128,0.75)", "#9467bd"
@@ -226,3 +227,11 @@ def _base(height: int) -> dict:
 
 def _figure(traces: list[dict], layout: dict) -> go.Figure:
     return go.Figure(traces, layout | {"template": "none"})
+
+
+def run_figure(run, layer: int | None = None, width: int = WIDTH) -> go.Figure:
+    """The panel's figure of a run's current branch, with its other branches grey behind it."""
+    metrics = run.metrics(per_layer=True)
+    here = next(branch.id for branch in run.store.branches() if branch.name == run.branch)
+    return panel_figure(metrics, run.experts(), run.events(), layer, width, top_k=run.config.router.top_k,
+                        others=other_branches(run.store, here, list(metrics)))
