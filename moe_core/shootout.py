@@ -232,20 +232,22 @@ class Shootout:
             return store.get_meta(END) is not None
 
     def line(self, job: Job) -> Line | None:
-        """What a run has left so far, of the branch that the shoot-out trained; None before its first step."""
+        """What a run has left so far, of the branch that the shoot-out trained; None before there is anything."""
         if not (self.folder / job.name).exists():
             return None
         with RunStore.open(self.folder / job.name) as store:
             end = store.get_meta(END)
             branch = end["branch"] if end else store.get_meta("branch", MAIN)
             rows = frames.metrics(store, branch, 0, per_layer=False)
+        if end is None and not len(rows):
+            return None
         return Line.of(rows.loc[: end["step"]] if end else rows, self.entries[job.label], end)
 
     def lines(self) -> dict[str, dict[int, Line]]:
         """Label -> seed -> what that run has left so far; without those that have not begun."""
         found: dict[str, dict[int, Line]] = {label: {} for label in self.entries}
         for job in self.jobs():
-            if job.pair is None and (line := self.line(job)) is not None and len(line.rows):
+            if job.pair is None and (line := self.line(job)) is not None:
                 found[job.label][job.seed] = line
         return found
 
@@ -254,7 +256,7 @@ class Shootout:
         line = self.line(job)
         if line is None or not (line.done or line.diverged):
             raise StoreError(f"{self.folder}: {job.label}: the search for its peak rates is not done; train first")
-        return math.inf if line.diverged else line.val_loss
+        return line.val_loss if line.done and math.isfinite(line.val_loss) else math.inf
 
     def search_table(self):
         """DataFrame of the search's runs: optimizer, rates, steps, seed, val/loss, chosen, edge.

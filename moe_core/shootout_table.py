@@ -36,6 +36,8 @@ class Line:
     @classmethod
     def of(cls, rows, config: RunConfig, end: Mapping | None) -> Line:
         """``end``: what the run's store has of its end, None while it trains."""
+        if not len(rows):  # one that turned non-finite in its first step
+            rows = rows.reindex(columns=["train/ce", "val/loss", "perf/tok_s"]).astype(float)
         took = config.tokens_per_step / rows["perf/tok_s"]
         rows = rows.assign(tokens=rows.index * float(config.tokens_per_step), seconds=took.cumsum())
         end = end or {}
@@ -48,8 +50,9 @@ class Line:
 
     @property
     def val_loss(self) -> float:
-        """The last ``val/loss``."""
-        return float(self.rows["val/loss"].dropna().iloc[-1])
+        """The last ``val/loss``; NaN where none was measured."""
+        seen = self.rows["val/loss"].dropna()
+        return float(seen.iloc[-1]) if len(seen) else math.nan
 
     @property
     def ms(self) -> float:
@@ -105,8 +108,7 @@ def table(lines: Mapping[str, Mapping[int, Line]], baseline: str, peaks: Mapping
         low, high = interval(apart)
         reached = [done[seed].reached(base[seed].val_loss) for seed in shared]
         ms = _mean([line.ms for line in done.values()])
-        any_line = next(iter(by_seed.values()), None)
-        per_step = any_line.rows["tokens"].iloc[0] / any_line.rows.index[0] if any_line else math.nan
+        per_step = _mean([float(line.rows["tokens"].iloc[0]) for line in done.values()])  # of one step, the first
         other = label != baseline
         rows.append({
             "optimizer": label, "ms/it": ms, "tok/s": 1e3 * per_step / ms,
@@ -129,7 +131,7 @@ def table(lines: Mapping[str, Mapping[int, Line]], baseline: str, peaks: Mapping
 
 def _note(by_seed: Mapping[int, Line], done: Mapping[int, Line]) -> str:
     diverged = [f"seed {seed} diverged" for seed, line in by_seed.items() if line.diverged]
-    going = [f"seed {seed} at step {line.rows.index[-1]}" for seed, line in by_seed.items()
+    going = [f"seed {seed} at step {line.rows.index[-1] if len(line.rows) else 0}" for seed, line in by_seed.items()
              if not line.diverged and seed not in done]
     return ", ".join(diverged + going)
 

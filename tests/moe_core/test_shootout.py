@@ -195,6 +195,15 @@ def test_a_run_that_diverges_is_said_and_the_others_go_on(tiny, tmp_path):
     assert frame["seeds"].to_dict() == {"adamw": 0, "sophia": 1} and frame["loss"]["sophia"] < 7
 
 
+def test_a_run_that_diverges_in_its_first_step_leaves_a_note_and_no_numbers(tiny):
+    """No row at all: the others' numbers stay, and a difference to it is unknown."""
+    nothing = Line.of(pd.DataFrame(index=pd.Index([], name="step")), tiny(), {"diverged": "step 1", "step": 0})
+    frame = table({"adamw": {0: nothing}, "b": {0: made_up(2.0)}}, "adamw", {"adamw": "", "b": ""})
+    bad, good = frame.to_dict("records")
+    assert (bad["note"], good["note"], good["val/loss"]) == ("seed 0 diverged", "", 2.0)
+    assert all(math.isnan(value) for value in (bad["ms/it"], bad["tok/s"], bad["loss"], good["difference"]))
+
+
 def made_up(val, ms=2.0, start=3.0):
     """A line of 100 steps whose validation falls straight from ``start`` to ``val``."""
     steps = pd.RangeIndex(1, 101, name="step")
