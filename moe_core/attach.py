@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from moe_core import store_access
+from moe_core import probe, store_access
 from moe_core.config import RunConfig
 from moe_core.face import Face
 from moe_core.history import turns
@@ -61,7 +61,7 @@ class Attached(Face):
         self.session.ask("switch", {"branch": branch}, wait)
 
     def __getattr__(self, name: str):
-        if name in ("preview", "fork", "ab", "replay", "resume", "inspect", "history"):
+        if name in ("preview", "fork", "ab", "replay", "resume", "history"):
             raise AttributeError(f"{name}: is for the process that trains {self.path}, and this one is attached to it; "
                                  "where nobody trains it, mc.Run.open does it all")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -75,6 +75,10 @@ class Attached(Face):
     def _step(self) -> int:
         self._look()
         return self._last
+
+    @property
+    def _probed(self):
+        return probe.Saved(self.store)  # the newest saved state stands for now
 
     @property
     def _branch(self):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from moe_core import effects, frames, health
+from moe_core import effects, frames, health, probe
 from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
+from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.session import Command, Progress
 from moe_core.store import Branch, RunStore, StoreError
@@ -120,6 +121,30 @@ class Face:
         from widgets import report
 
         return report.write(self, path, **options)
+
+    @property
+    def _probed(self):
+        """Whose weights are looked at."""
+        return self
+
+    def inspect(self, texts=None, step: int | str | None = None) -> Inspection:
+        """Which expert each token of a probe goes to in each layer, without noise, in eval mode.
+
+        ``texts``: a text, a list of them, or a mapping of kinds ("prose", "code") to those; each is a document, read
+        from its start, cut into windows of block_size, 65,536 tokens in all. None: up to 4,096 tokens of the run's
+        validation windows, spread evenly, the same at every call. ``step``: None is now; a step of this line whose
+        state is kept, 0 is the start; or the name of a checkpoint. Knobs are as the step after it has them. The run
+        itself does not move, and may be training. Raises ValueError for what cannot be asked.
+        """
+        return probe.inspect(self._probed, texts, step)
+
+    def saturation(self, steps: Iterable[int | str] | None = None, texts=None):
+        """How much of the routing now was there at earlier steps already, on one probe. DataFrame: step, layer, then
+        saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
+
+        ``steps``: as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
+        """
+        return probe.saturation(self._probed, steps, texts)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

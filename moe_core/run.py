@@ -9,16 +9,15 @@ from __future__ import annotations
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from moe_core import probe
+from moe_core import provenance
 from moe_core.attach import Attached
 from moe_core.config import RunConfig
 from moe_core.data import settled
 from moe_core.face import Face
 from moe_core.history import History
-from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
@@ -60,6 +59,7 @@ class Run(Timeline, Face):
         self._trainer = trainer
         self._knobs = trainer.knobs if trainer else Knobs(config, resolve_device(config))
         self.history = History(store, config.save_interval, config.keep_checkpoints)
+        self.history.tidy()
         self._save_s = 0.0
         self._stand_on(store.get_meta("branch", MAIN))
         self.session: Session | None = None
@@ -81,7 +81,10 @@ class Run(Timeline, Face):
         RunStore.refuse_existing(path)
         config = settled(config, say)
         trainer = build_trainer(config, Knobs(config, resolve_device(config)), say)
-        return cls(RunStore.create(path, config.to_dict()), config, trainer)
+        store = RunStore.create(path, config.to_dict())
+        run = cls(store, config, trainer)
+        store.set_meta(provenance.META, provenance.gather(trainer.device))
+        return run
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> Run:
@@ -146,22 +149,3 @@ class Run(Timeline, Face):
         that are not named keep the values that the batch had. Raises KnobError, or RuntimeError before a first step.
         """
         return preview(self._trainer, self.config, values)
-
-    def inspect(self, texts=None, step: int | str | None = None) -> Inspection:
-        """Which expert each token of a probe goes to in each layer, without noise, in eval mode.
-
-        ``texts``: a text, a list of them, or a mapping of kinds ("prose", "code") to those; each is a document, read
-        from its start, cut into windows of block_size, 65,536 tokens in all. None: up to 4,096 tokens of the run's
-        validation windows, spread evenly, the same at every call. ``step``: None is now; a step of this line whose
-        state is kept, 0 is the start; or the name of a checkpoint. Knobs are as the step after it has them. The run
-        itself does not move, and may be training. Raises ValueError for what cannot be asked.
-        """
-        return probe.inspect(self, texts, step)
-
-    def saturation(self, steps: Iterable[int | str] | None = None, texts=None):
-        """How much of the routing now was there at earlier steps already, on one probe. DataFrame: step, layer, then
-        saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
-
-        ``steps``: as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
-        """
-        return probe.saturation(self, steps, texts)
