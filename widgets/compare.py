@@ -23,12 +23,15 @@ from widgets.series import POINTS, thin
 
 # What is overlaid: metric, what the axis says, what the picture is called.
 OVERLAID = (("val/loss", "nats per token", "Validation loss"), ("train/ce", "nats per token", "Train cross-entropy"),
+            ("train/loss", "nats per token", "Train loss, with what is added to it"),
             ("router/entropy_mean", "nats", "Router entropy"),
             ("router/max_frac_max", charts.SHARE, "Largest demand, worst layer"),
             ("router/top1_p_mean", "probability", "Top-1 probability"), ("grad/norm", "gradient norm", "Gradient norm"))
+# What a log may hold instead of a metric, drawn dashed beside it under its own name: the old script's validation.
+INSTEAD = {"val/loss": "val/loss_with_aux"}
 # Means over the last window, in the table.
-MEANS = ("train/ce", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean", "router/max_frac_max",
-         "router/active_min", "router/drop_frac_mean", "perf/tok_s")
+MEANS = ("train/ce", "train/loss", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
+         "router/max_frac_max", "router/active_min", "router/drop_frac_mean", "perf/tok_s")
 
 
 def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title: str | None = None) -> Path:
@@ -75,8 +78,10 @@ def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[
 def standing(records: Sequence[Record], names: Sequence[str]) -> Table:
     """One column a run: steps, validation, router health."""
     rows: list[tuple] = [("last step", *(f"{record.last_step:,}" for record in records)),
-                         ("val/loss, last", *(_last_validation(record) for record in records)),
+                         ("val/loss, last", *(_last(record, "val/loss") for record in records)),
                          ("val/loss, lowest", *(_best_validation(record) for record in records))]
+    if any(len(record.series("val/loss_with_aux")[0]) for record in records):
+        rows.append(("val/loss_with_aux, last", *(_last(record, "val/loss_with_aux") for record in records)))
     rows += [(metric, *(number(_recent(record, metric)) for record in records)) for metric in MEANS
              if any(len(record.series(metric)[1]) for record in records)]
     if any(len(record.series("grad/clipped_cum")[1]) > 1 for record in records):
@@ -88,24 +93,25 @@ def standing(records: Sequence[Record], names: Sequence[str]) -> Table:
 
 
 def draw(records: Sequence[Record], names: Sequence[str] | None = None) -> dict[str, go.Figure]:
-    """Every overlay that at least one run has something for, by the name that a report gives it."""
+    """Every overlay that two runs or more have something for, by the name that a report gives it."""
     names = labels(records) if names is None else names
     return {_key(metric): overlay(records, names, metric, unit, title)
-            for metric, unit, title in OVERLAID if any(len(record.series(metric)[0]) for record in records)}
+            for metric, unit, title in _overlaid(records)}
 
 
 def overlay(records: Sequence[Record], names: Sequence[str], metric: str, unit: str, title: str) -> go.Figure:
     """One metric of several runs on one pair of axes."""
     traces, key = [], _key(metric)
     for k, (record, name, color) in enumerate(zip(records, names, expert_colors(len(records)), strict=True)):
-        steps, values = record.series(metric)
+        shown = _shown(record, metric)
+        steps, values = record.series(shown)
         steps, values = thin(steps, np.asarray(values, np.float32), POINTS)
-        said = html.escape(name)  # plotly reads tags in what it shows
+        said = html.escape(name if shown == metric or not len(steps) else f"{name}, {shown}")  # plotly reads tags
         traces.append({
-            "type": "scatter", "uid": f"{key}-{k}", "x": steps, "y": values, "name": said, "showlegend": True,
+            "type": "scatter", "uid": f"{key}-{k}", "x": steps, "y": values, "name": said, "showlegend": len(steps) > 0,
             "mode": "lines+markers" if len(steps) <= 60 else "lines", "marker": {"size": 4},
-            "line": {"color": color, "width": 1.5},
-            "hovertemplate": f"{said}<br>{metric} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
+            "line": {"color": color, "width": 1.5, "dash": "solid" if shown == metric else "dash"},
+            "hovertemplate": f"{said}<br>{shown} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
     chart = Chart(key, f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
                   legend=True)
     return figures.figure(chart, width=520).update_layout(legend_title_text="")
@@ -117,7 +123,20 @@ def _key(metric: str) -> str:
 
 
 def _titles(records: Sequence[Record]) -> list[str]:
-    return [title for metric, _, title in OVERLAID if any(len(record.series(metric)[0]) for record in records)]
+    return [title for _, _, title in _overlaid(records)]
+
+
+def _overlaid(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Those of ``OVERLAID`` that two runs or more have; the train loss only where not all know its cross-entropy."""
+    def known(metric: str) -> int:
+        return sum(len(record.series(_shown(record, metric))[0]) > 0 for record in records)
+    return [one for one in OVERLAID if known(one[0]) > 1
+            and not (one[0] == "train/loss" and known("train/ce") == len(records))]
+
+
+def _shown(record: Record, metric: str) -> str:
+    """The metric, or what a log holds instead of it."""
+    return metric if len(record.series(metric)[0]) else INSTEAD.get(metric, metric)
 
 
 def _differences(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
@@ -140,8 +159,8 @@ def _recent(record: Record, metric: str) -> float:
     return float(values[-WINDOW:].mean()) if len(values) else float("nan")
 
 
-def _last_validation(record: Record) -> str:
-    steps, values = record.series("val/loss")
+def _last(record: Record, metric: str) -> str:
+    steps, values = record.series(metric)
     return f"{number(values[-1])} at {steps[-1]:,}" if len(steps) else "–"
 
 

@@ -38,9 +38,10 @@ HOW_TOLD = (
     "Each turn of a knob stands at the first step that it acted on, with the metrics in which it stands out from the "
     "noise: an interrupted time series over 50 steps on either side, a smooth trend and autocorrelated noise taken "
     "into account, Holm's method over all metrics of a turn.")
-SNAPSHOT = ("train/ce", "val/loss", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
-            "router/max_frac_max", "router/active_min", "router/aux_mean", "router/z_mean", "router/drop_frac_mean",
-            "grad/norm", "router/temp", "router/noise_std", "router/load_balance_alpha", "lr", "perf/tok_s")
+SNAPSHOT = ("train/loss", "train/ce", "val/loss", "val/loss_with_aux", "router/entropy_mean", "router/top1_p_mean",
+            "router/max_frac_mean", "router/max_frac_max", "router/active_min", "router/aux_mean", "router/z_mean",
+            "router/drop_frac_mean", "grad/norm", "router/temp", "router/noise_std", "router/load_balance_alpha",
+            "lr", "perf/tok_s")
 
 
 def document(record: Record, answers: Sequence[gates.Answer], baselines: Sequence[Record],
@@ -67,10 +68,11 @@ def _tiles(record: Record, answers: Sequence[gates.Answer]) -> Tiles:
         entropy = record.series("router/entropy_mean")[1][-1]
         tiles.append(("router entropy", number(entropy, 3),
                       f"{entropy / math.log(record.n_experts):.2f} of ln {record.n_experts}", "none"))
-    counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
-    worst = next((level for level, n in counts.items() if n), "ok")
-    said = ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "nothing to act on"
-    tiles.append(("router health", worst, said, worst))
+    if record.config is not None:
+        counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
+        worst = next((level for level, n in counts.items() if n), "ok")
+        said = ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "nothing to act on"
+        tiles.append(("health", worst, said, worst))
     if answers:
         counts = {state: sum(answer.state == state for answer in answers) for state in LEVEL_OF}
         level = next(LEVEL_OF[state] for state in (gates.FAILED, gates.NOT_REACHED, gates.PASSED) if counts[state])
@@ -104,8 +106,7 @@ def _snapshots(record: Record, wanted: Sequence[int] | None) -> list[Block]:
 def _quarters(record: Record) -> list[int]:
     """The validated steps, or the logged ones, nearest to each quarter of the way."""
     logged = record.metrics.index.to_numpy()
-    steps = record.series("val/loss")[0]
-    steps = steps if len(steps) >= 4 else logged
+    steps = next((s for metric in ("val/loss", "val/loss_with_aux") if len(s := record.series(metric)[0]) >= 4), logged)
     near = {int(steps[np.abs(steps - part * logged[-1]).argmin()]) for part in (0.25, 0.5, 0.75)}
     return sorted(near | {int(logged[-1])})
 
@@ -121,7 +122,7 @@ def _assessment(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Assessment")]
     for head, words, found in assessment(record):
         parts += [Heading(head, 3), *([Text(words)] if words else []), *([Bullets(found)] if found else [])]
-    return parts if len(parts) > 1 else [*parts, Text("There is nothing to assess yet.")]
+    return parts if len(parts) > 1 else [*parts, Text("Nothing is logged that an assessment needs.")]
 
 
 # ---- timeline --------------------------------------------------------------------------------------------
@@ -192,7 +193,8 @@ def _recommendations(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Recommendations")]
     asking = [finding for finding in record.findings if finding.levers]
     if not asking:
-        return [*parts, Text("No finding asks for a turn.")]
+        return [*parts, Text("No finding asks for a turn." if record.config is not None else
+                             "The log does not say how many experts there are, so that no range was judged.")]
     for finding in asking:
         undo = dict.fromkeys(lever.undo for lever in finding.levers)
         turns = tuple(f"{' or '.join(f'`{lever.text}`' for lever in finding.levers if lever.undo == when)}; "

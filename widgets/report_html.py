@@ -32,7 +32,7 @@ from widgets.report_blocks import (
 from widgets.report_style import STYLE
 from widgets.spark import spark
 
-USUAL = ("knob", "note", "checkpoint", "branch", "ok", "watch", "alarm")  # other kinds of entry went wrong
+USUAL = ("knob", "note", "checkpoint", "branch", "imported", "ok", "watch", "alarm")  # other kinds of entry went wrong
 
 # Draws every chart in the width that it has. A page that is printed is laid out anew without telling its charts: they
 # are drawn in the width of paper before, and as they were behind it.

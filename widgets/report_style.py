@@ -51,7 +51,7 @@ figure svg.main-svg,figure>img{display:block;width:100%;height:auto}
 .entry::before{content:"";position:absolute;left:-7px;top:7px;width:12px;height:12px;border-radius:50%;
 background:var(--own,var(--accent));border:2px solid var(--page)}
 .entry.knob::before{border-radius:2px;transform:rotate(45deg)}
-.entry.note::before{background:var(--soft)}.entry.checkpoint::before{border-radius:2px;background:var(--soft)}
+.entry:is(.note,.imported,.branch)::before{background:var(--soft)}.entry.checkpoint::before{border-radius:2px;background:var(--soft)}
 .entry.wrong{--own:var(--alarm)}
 .entry>h4{margin:0 0 2px;font-size:15px;font-weight:600;overflow-wrap:anywhere}
 .entry>h4 span{color:var(--soft);font-weight:400;margin-right:8px;font-variant-numeric:tabular-nums}

@@ -19,15 +19,18 @@ TREND = 2 * WINDOW  # logged steps that a trend is read from
 FEW = 20  # fewer are no trend
 
 # What is observed, in this order, where a run has it.
-OBSERVED = ("val/loss", "train/ce", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
-            "router/max_frac_max", "router/frac_srv_e*", "router/active_min", "router/drop_frac_mean",
-            "router/aux_mean", "router/z_mean", "grad/norm", "grad/clipped_cum", "perf/tok_s")
+OBSERVED = ("val/loss", "val/loss_with_aux", "train/ce", "train/loss", "router/entropy_mean", "router/top1_p_mean",
+            "router/max_frac_mean", "router/max_frac_max", "router/frac_srv_e*", "router/active_min",
+            "router/drop_frac_mean", "router/aux_mean", "router/z_mean", "grad/norm", "grad/clipped_cum",
+            "perf/tok_s")
 
 
 def observations(record: Record) -> Table:
     """Metric by metric: value, course, trend, healthy range, read."""
     rows = []
     for metric in OBSERVED:
+        if metric == "train/loss" and len(record.series("train/ce")[0]):
+            continue  # its part that matters stands there already
         if metric == "router/frac_srv_e*":
             rows += [_observed(record, name, said) for name, said in _extreme_experts(record)]
         elif metric == "grad/clipped_cum":

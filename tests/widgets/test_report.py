@@ -8,6 +8,7 @@ from nbclient import NotebookClient
 
 import moe_core as mc
 from moe_core.gates import GateError
+from moe_core.old_logs import import_log
 from widgets import compare, report
 from widgets.figures import panel_figure
 from widgets.record import Record
@@ -189,6 +190,25 @@ def test_several_runs_are_overlaid_and_their_differences_listed(tiny_run, tmp_pa
     assert line.y.tolist() == runs[1].metrics()["train/ce"].to_numpy("float32").tolist()
     with pytest.raises(ReportError, match="must be two runs or more"):
         compare.write([runs[0]], tmp_path / "one.html")
+
+
+def test_an_imported_log_is_written_up_and_stands_as_a_baseline(tiny_run, tmp_path):
+    """What the log lacks is absent, its ranges are not judged, and its validation is drawn under its own name."""
+    lines = [f"iter {step:6d} | loss {7 - step / 40:.4f} | lr 3.2e-04 | 33016 tok/s | r_max 0.19 act_min 8 col 0\n"
+             f"eval | val_loss {7.1 - step / 40:.4f}\n" for step in range(10, 101, 10)]
+    (tmp_path / "old.log").write_text("".join(lines))
+    import_log(tmp_path / "old.log", tmp_path / "old")
+    text = report.write(tmp_path / "old", tmp_path / "old.html", gates=["val/loss_with_aux < 5 by 100"]).read_text()
+    assert "4.85 at step 90" in text and "no range was judged" in text and "healthy" in text
+    assert "moe train" not in text and ">health<" not in text
+    run = tiny_run()
+    run.step(20)
+    overlay = compare.draw([Record.read(run), Record.read(tmp_path / "old")])
+    assert list(overlay) == ["overlay-val-loss", "overlay-train-loss", "overlay-router-max_frac_max"]
+    mine, theirs = (t for t in overlay["overlay-val-loss"].data if t.name)
+    assert (mine.name, theirs.name, theirs.line.dash) == ("run", "old, val/loss_with_aux", "dash")
+    assert theirs.x.tolist() == list(range(10, 101, 10)) and "old" in run.report(
+        tmp_path / "r.html", baselines=[tmp_path / "old"]).read_text()
 
 
 @pytest.mark.parametrize("how, error, words", [
