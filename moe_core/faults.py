@@ -30,7 +30,10 @@ class NonFiniteError(ArithmeticError):
 
 
 class MemoryLimitError(RuntimeError):
-    """A step did not fit in the device's memory. It was not applied; a smaller one can go on in this process."""
+    """A step did not fit in the device's memory; a smaller one can go on in this process.
+
+    It was not applied, unless the message says that its update was cut short.
+    """
 
 
 def nonfinite_term(metrics: Mapping[str, float]) -> str | None:

@@ -125,9 +125,9 @@ class Trainer:
                 raise NonFiniteError(number, term, told[term], self._where(term, seen))
             return seen, metrics
         except BaseException as error:
-            self.train.load_state_dict(cursor)
             self.noise.set_state(noise)
             self.labels.set_state(labels)
+            self.train.load_state_dict(cursor)
             self.skipped += isinstance(error, NonFiniteError)
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
