@@ -149,10 +149,14 @@ class Shootout:
         if not trials:
             return {name: value for name, value in rates(self.entries[label]).items()
                     if getattr(self.entries[label].optim, name) is not None}
-        found, pair = min((self.score(job), job.pair) for job in trials)
+        return rates(self.search.trial(self.entries[label], self._best(label)))
+
+    def _best(self, label: str) -> tuple[float, float]:
+        """The multipliers that an entry's search found. Raises as :meth:`peaks`."""
+        found, pair = min((self.score(job), job.pair) for job in self.trials(label))
         if found == math.inf:
             raise StoreError(f"{self.folder}: {label}: every run of its search diverged; give lower peaks")
-        return rates(self.search.trial(self.entries[label], pair))
+        return pair
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -288,7 +292,8 @@ class Shootout:
         peaks = {}
         for label in self.entries:
             try:
-                peaks[label] = _spoken(self.peaks(label))
+                edge = self.search is not None and self.search.at_edge(self._best(label))
+                peaks[label] = _spoken(self.peaks(label)) + (" (at the edge of the search)" if edge else "")
             except StoreError:
                 peaks[label] = ""
         return table(self.lines(), self.baseline(baseline), peaks)

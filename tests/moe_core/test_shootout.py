@@ -165,6 +165,7 @@ def test_a_search_gives_each_entry_the_same_budget_and_the_best_of_its_rates(tin
         run.close()
         assert peaks == {name: getattr(optim, name) for name in (first, second)}
         assert best["rates"] == f"{first} {peaks[first]:.3g}, {second} {peaks[second]:.3g}"
+        assert made.summary().set_index("optimizer")["peaks"][label] == best["rates"] + " (at the edge of the search)"
         base = rates(made.entries[label])
         assert {peaks[name] / base[name] for name in (first, second)} <= {0.5, 4.0}
         assert (optim.max_iters, optim.min_lr / optim.learning_rate) == (8, pytest.approx(0.1))
