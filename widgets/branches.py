@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import ipywidgets as ipw
@@ -35,7 +36,7 @@ class BranchRow:
                                    tooltip="Thin grey lines of the other branches behind the current one's",
                                    layout=ipw.Layout(width="auto", display="none"))
         self.saved.observe(lambda seen: self._choose(seen.new), "value")
-        self._own_branch = run.branch
+        self._refreshing = None  # the thread that brings the row up to date
         self.branch.observe(lambda seen: self._switch(seen.new), "value")
         self.widget = ipw.Box([self.undo, self.rewind, self.step, self.saved, ipw.Label("branch"), self.branch,
                                self.others, self.save])
@@ -47,10 +48,13 @@ class BranchRow:
         run = self._run
         names = tuple(branch.name for branch in run.store.branches())
         if self.branch.options != names or self.branch.value != run.branch:
-            self._own_branch = run.branch  # not a person's wish
-            with self.branch.hold_sync():
-                self.branch.options = names
-                self.branch.value = run.branch
+            self._refreshing = threading.get_ident()
+            try:
+                with self.branch.hold_sync():
+                    self.branch.options = names  # which chooses the first of them, and that is nobody's wish
+                    self.branch.value = run.branch
+            finally:
+                self._refreshing = None
         saved = [("checkpoints", None)] + [
             (f"step {c.step:,}" + (f" · {c.name}" if c.name else ""), c.step) for c in reversed(self._reachable())]
         if list(self.saved.options) != saved:
@@ -81,7 +85,7 @@ class BranchRow:
             self.aim(step)
 
     def _switch(self, name: str | None) -> None:
-        if name is None or name in (self._own_branch, self._run.branch):
+        if name in (None, self._run.branch) or self._refreshing == threading.get_ident():
             return
         self._log.guarded(lambda: self._run.switch(name, wait=False))()
         self._asked()

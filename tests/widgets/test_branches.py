@@ -24,11 +24,29 @@ def test_undo_and_rewind_open_branches_and_the_picker_goes_back(row):
     row.rewind.click()
     run.session.wait()
     row.refresh()
-    assert (run.branch, run.current_step) == ("from-2", 2)
+    run.session.wait()
+    assert (run.branch, run.current_step, row.branch.value) == ("from-2", 2, "from-2")
     assert row.branch.options == ("main", "from-4", "from-2")
     row.branch.value = "main"
     run.session.wait()
     assert (run.branch, run.current_step) == ("main", 7)
+
+
+def test_a_row_that_is_made_or_refreshed_takes_the_run_nowhere(row):
+    """A picker whose choices change chooses the first by itself; the run must not follow that."""
+    run, _, log = row
+    run.step(3)
+    for _ in range(3):
+        run.rewind(1)
+        run.step(1)
+        made = BranchRow(run, log)
+        here = run.branch
+        run.rewind(0)
+        made.refresh()
+        run.switch(here)
+        made.refresh()
+        run.session.wait()
+        assert (run.branch, made.branch.value) == (here, here) != ("main", "main")
 
 
 def test_saved_checkpoints_of_this_line_are_offered(row):
