@@ -56,6 +56,7 @@ export default {
           names.observe(part, { childList: true, subtree: part.matches(".moe-knobs") });
         name();
         say("focus", -1);
+        say("aim", []);
       }
       const width = 10 * Math.floor(entry.contentRect.width / 10);
       clearTimeout(timer);

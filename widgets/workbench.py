@@ -166,7 +166,8 @@ class Workbench(ipw.VBox):
         for row, control in enumerate(self.controls):
             if due or control.waits:
                 control.refresh(focused=row in (self.page.focus, *aim[:1]))
-        self.findings.look(progress.step, busy)
+        if progress.state != "moving":  # what is posted meanwhile would be written where the run arrives
+            self.findings.look(progress.step, busy)
         if due:
             self.groups.refresh(self.run.store, self.findings.branch_id, progress.step)
 
