@@ -285,7 +285,10 @@ class Console:
 
 def is_wandb(text: str) -> bool:
     """Whether a text is a CSV with a ``Step`` column."""
-    header = next(csv.reader(io.StringIO(text.lstrip().split("\n", 1)[0])), [])
+    try:
+        header = next(csv.reader([text.lstrip().partition("\n")[0].rstrip("\r")]), [])
+    except csv.Error:  # such as the carriage returns of a progress bar
+        return False
     return len(header) > 1 and "Step" in header
 
 

@@ -78,7 +78,7 @@ def dense_log(seed, steps=1200, log_every=100, val_every=200):
 def test_a_moe_log_is_read_to_the_last_digit_whatever_stands_between(tmp_path, encoding):
     """Foreign lines, colour codes, bars glued in front, CRLF; the counts of what was passed over add up."""
     lines, truth = moe_log(1)
-    rng, mixed, foreign = random.Random(2), [], 0
+    rng, mixed, foreign = random.Random(2), [" 10%|#1, \"Step\r 20%|##2\r"], 2
     for line in lines:
         for _ in range(rng.randrange(3)):
             mixed.append(rng.choice(FOREIGN))
