@@ -138,4 +138,5 @@ def memory_limit(step: str, config: RunConfig, device: torch.device) -> MemoryLi
                      f"{steps * factor}, which leaves a step its tokens")
     lower.append(f"block_size = {config.model.block_size}")
     also = "" if config.activation_checkpointing else ", or set activation_checkpointing = True"
-    return MemoryLimitError(f"{step}: out of memory{peak}. Lower {', or '.join(lower)}{also}")
+    return MemoryLimitError(f"{step}: out of memory{peak}. Lower {', or '.join(lower)}{also}; "
+                            "run.fork(path, batch_size=...) goes on from here")

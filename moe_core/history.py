@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,10 @@ class History:
 
     def _load(self, path: Path, device: torch.device) -> dict[str, Any]:
         there, here = checkpoint.about(path)["config"], self.store.config
-        for part in ("model", "optim"):
-            for field, value in here[part].items():
-                if there[part].get(field, value) != value and field in _SHAPES[part]:
-                    raise checkpoint.CheckpointError(
-                        f"{path}: is of another run: {field} = {there[part][field]!r} there and {value!r} here")
+        if (field := other_shape(there, here)) is not None:
+            part = "model" if field in there["model"] else "optim"
+            raise checkpoint.CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
+                                             f"{here[part][field]!r} here")
         return checkpoint.load(path, device)
 
     def owner(self, branch: int, step: int) -> int:
@@ -214,11 +213,11 @@ class History:
             yield trainer.step(validate)
         trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)
 
-    def copy_line(self, line: int, path: str | os.PathLike, trainer: Trainer, parent: str) -> None:
+    def copy_line(self, line: int, path: str | os.PathLike, config: dict, trainer: Trainer, parent: dict) -> None:
         """A new run in ``path``: this line's rows and events up to the trainer's step, and its state."""
         step = trainer.steps_done
-        with RunStore.create(path, self.store.config) as child:
-            child.set_meta("parent", {"path": parent, "branch": line, "step": step})
+        with RunStore.create(path, config) as child:
+            child.set_meta("parent", parent | {"branch": line, "step": step})
             rows = self.store.read_steps(line)
             for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
                 child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),
@@ -227,6 +226,12 @@ class History:
                 if event["step"] <= step and event["kind"] != "checkpoint":
                     child.log_event(MAIN, event["step"], event["kind"], event["payload"], asked=event["asked"])
             History(child, self.save_interval, self.keep).save(MAIN, trainer)
+
+
+def other_shape(there: Mapping, here: Mapping) -> str | None:
+    """The first field for which a state of one config does not fit the other; None where it fits. Both as dicts."""
+    return next((field for part, names in _SHAPES.items() for field, value in here[part].items()
+                 if field in names and there[part].get(field, value) != value), None)
 
 
 def turns(store: RunStore, branch: int) -> list[tuple[int, dict]]:

@@ -24,7 +24,7 @@ from moe_core.preview import Preview, preview
 from moe_core.session import Command, Session
 from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.timeline import Timeline, build_trainer
-from moe_core.trainer import NonFiniteError, Trainer, resolve_device
+from moe_core.trainer import MemoryLimitError, NonFiniteError, Trainer, resolve_device
 
 _open_runs: weakref.WeakValueDictionary[Path, Run] = weakref.WeakValueDictionary()
 
@@ -138,8 +138,10 @@ class Run(Timeline, Face):
 
     def record_error(self, error: BaseException) -> None:
         """Write down what stopped training. For the session."""
-        kind = "nonfinite" if isinstance(error, NonFiniteError) else "error"
-        self.store.log_event(self._branch.id, self._step + 1, kind, {
+        kind, where = "memory" if isinstance(error, MemoryLimitError) else "error", {}
+        if isinstance(error, NonFiniteError):
+            kind, where = "nonfinite", {"term": error.term, "where": error.where}
+        self.store.log_event(self._branch.id, self._step + 1, kind, where | {
             "text": f"{type(error).__name__}: {error}", "traceback": "".join(traceback.format_exception(error))})
 
     def preview(self, **values: float) -> Preview:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 
 from moe_core.ab import AB
 from moe_core.checkpoint import CheckpointError
-from moe_core.config import RunConfig
+from moe_core.config import ConfigError, RunConfig
 from moe_core.data import open_data
+from moe_core.history import other_shape
 from moe_core.knobs import Knobs, check_turn
 from moe_core.store import RunStore
 from moe_core.trainer import StepRecord, Trainer, resolve_device
@@ -104,20 +105,27 @@ class Timeline:
             self._stand_on(target)
         self._move(go, wait)
 
-    def fork(self, path: str | os.PathLike, step: int | None = None):
+    def fork(self, path: str | os.PathLike, step: int | None = None, **changes):
         """The state after ``step`` (None: now) as a run of its own in ``path``, with the history up to there.
 
-        It remembers its parent: ``child.store.get_meta("parent")``.
+        ``changes``: fields of its config that are other than here, such as a smaller ``batch_size``, where this
+        one does not fit the device any more. What decides the state's shape or the data cannot be changed. It
+        remembers its parent: ``child.store.get_meta("parent")``. Raises ConfigError.
         """
         step = self._step if step is None else step
         self._check_step(step)
+        config = self.config.replace(**changes)
+        if config.data != self.config.data or other_shape(self.config.to_dict(), config.to_dict()) is not None:
+            raise ConfigError(f"{', '.join(changes)}: a fork goes on with its parent's weights, optimizer and data; "
+                              "only other fields can be changed")
+        parent = {"path": str(self.path.resolve())} | ({"changes": changes} if changes else {})
         RunStore.refuse_existing(path)
 
         def go():
             line, tip = self._branch.id, self._step
             self._reach(line, step)
             try:
-                self.history.copy_line(line, path, self._trainer, str(self.path.resolve()))
+                self.history.copy_line(line, path, config.to_dict(), self._trainer, parent)
             finally:
                 self._reach(line, tip)
                 self._knobs.replay(self.history.turns(line))

@@ -142,7 +142,8 @@ def test_a_step_that_does_not_fit_says_what_to_lower_and_gives_its_memory_back(m
         trainer.step()
     assert str(refused.value) == (
         "step 2 was not applied: out of memory. Lower batch_size = 4 to 2 with gradient_accumulation_steps = 3 raised "
-        "to 6, which leaves a step its tokens, or block_size = 32, or set activation_checkpointing = True")
+        "to 6, which leaves a step its tokens, or block_size = 32, or set activation_checkpointing = True; "
+        "run.fork(path, batch_size=...) goes on from here")
     assert all(p.grad is None for p in trainer.model.parameters())
     assert refused.value.__cause__ is refused.value.__context__ is None  # they would hold the pass's tensors
     hook.remove()

@@ -136,6 +136,22 @@ def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
     child.close()
 
 
+def test_a_fork_may_have_a_smaller_batch_and_goes_on_with_the_same_tokens(tiny_run, tmp_path):
+    """Half the batch, twice accumulated: the next losses are the parent's to rounding. Another shape is refused."""
+    parent = tiny_run(load_balance_alpha=0.0, router_noise_std_init=0.0)
+    parent.step(3)
+    child = parent.fork(tmp_path / "small", batch_size=2, gradient_accumulation_steps=2)
+    parent.step(3)
+    child.step(3)
+    np.testing.assert_allclose(child.metrics()["train/ce"], parent.metrics()["train/ce"], rtol=1e-4)
+    assert child.config.optim.batch_size == 2 and child.store.get_meta("parent")["changes"]["batch_size"] == 2
+    child.close()
+    for wrong in (dict(n_experts=8), dict(optimizer="sophia"), dict(text_key="words")):
+        with pytest.raises(mc.ConfigError, match="a fork goes on with its parent's weights"):
+            parent.fork(tmp_path / "other", **wrong)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_and_b_see_the_same_batches_and_differ_by_their_knobs_alone(tiny_run):
     """Two equal choices give equal rows; unequal ones differ from the first step; keep goes on from one."""
     run = tiny_run()
