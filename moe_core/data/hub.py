@@ -18,17 +18,34 @@ from moe_core.data.corpus import DataError, is_validation, quiet_datasets
 from moe_core.data.pretrained import Pretrained
 from moe_core.data.tokenise import joined
 
-ROWS = 256  # read at a time
+ROWS = 32  # read at a time: no more is read again where a connection drops
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each new try; `datasets` itself reconnects 20 times within one
 _NETWORK = {"aiohttp", "fsspec", "http", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "ssl", "urllib3"}
 
 
 def open_hub(data: DataConfig, split: str):
-    """The ``datasets.IterableDataset`` of a split of a data set on the hub; no code of its is run."""
+    """The ``datasets.IterableDataset`` of a split of a data set on the hub; no code of its is run.
+
+    Raises DataError where there is none, and what the connection raised where it dropped.
+    """
     import datasets
 
-    with quiet_datasets():
-        return datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, streaming=True)
+    try:
+        with quiet_datasets():
+            return datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, streaming=True)
+    except Exception as error:  # they have no common class
+        if is_dropped(error):
+            raise
+        reason = _reason(error)
+        if "BuilderConfig" in reason or "Config name" in reason:
+            refused = f"dataset_config = {data.dataset_config!r}: must be one that {data.dataset_name!r} has"
+        elif "split" in reason.lower():
+            field = "split" if split == data.split else "val_split"
+            refused = f"{field} = {split!r}: must be a split that {data.dataset_name!r} has"
+        else:
+            refused = (f"dataset_name = {data.dataset_name!r}: there is no such file or folder here, and the Hugging "
+                       "Face hub does not give a data set of that name")
+        raise DataError(f"{refused} ({reason})") from error
 
 
 class Documents:
@@ -46,7 +63,7 @@ class Documents:
         Blank ones are left out. Epochs after the first take the files in another order. Raises DataError, also
         when ``stop`` is set.
         """
-        failures, opened = 0, False
+        failures = 0
         while True:
             try:
                 if stop.is_set():
@@ -55,7 +72,7 @@ class Documents:
                 if rows.column_names:  # not every source knows them before it is read
                     self._check_column(rows.column_names)
                     rows = rows.select_columns([self._text_key])
-                opened, rows = True, rows.with_format("arrow")
+                rows = rows.with_format("arrow")
                 rows.set_epoch(epoch)
                 if cursor is not None:
                     rows.load_state_dict(cursor)
@@ -69,9 +86,9 @@ class Documents:
             except Exception as error:
                 if isinstance(error, DataError):
                     raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = _reason(error)
                 if not is_dropped(error):
-                    raise self._refused(error, reason, opened) from error
+                    raise DataError(f"{self.title}: cannot be read ({reason})") from error
                 if failures == len(WAITS):
                     raise DataError(
                         f"{self.title}: the connection is gone ({reason}), also after {failures} new tries within "
@@ -95,17 +112,6 @@ class Documents:
             raise DataError(f"text_key = {self._text_key!r}: must be a column of {self.title.split(' = ')[-1]}, which "
                             f"has {', '.join(map(repr, columns))}")
 
-    def _refused(self, error: Exception, reason: str, opened: bool) -> DataError:
-        name = self.title.split(" = ")[-1]
-        if not opened and ("BuilderConfig" in reason or "Config name" in reason):
-            return DataError(f"dataset_config: must be one that {name} has ({reason})")
-        if not opened and "split" in reason.lower():
-            return DataError(f"split, val_split: must be splits that {name} has ({reason})")
-        if not opened and isinstance(error, OSError):
-            return DataError(f"{self.title}: there is no such file or folder here, and the Hugging Face hub does not "
-                             f"give a data set of that name ({reason})")
-        return DataError(f"{self.title}: cannot be read ({reason})")
-
 
 def is_dropped(error: BaseException) -> bool:
     """Whether trying again may help: a connection broke, was refused, took too long, or a server was busy."""
@@ -121,6 +127,10 @@ def is_dropped(error: BaseException) -> bool:
     if isinstance(error, OSError | EOFError) or type(error).__module__.split(".")[0] in _NETWORK:
         return True
     return error.__cause__ is not None and is_dropped(error.__cause__)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def validation_tokens(documents: Documents, tokenizer: Pretrained, data: DataConfig,

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from moe_core import Run, checkpoint
 from moe_core.config import DataConfig
 from moe_core.data import DataError, documents, is_validation
-from moe_core.data.hub import Documents, validation_tokens
+from moe_core.data.hub import Documents, open_hub, validation_tokens
 from moe_core.data.pretrained import load_pretrained
 from moe_core.data.stream import Stream
 from moe_core.data.tokenise import joined
@@ -127,11 +128,10 @@ def test_windows_are_shuffled_within_the_buffer_and_none_is_lost(stream):
 def test_stream_resumes_at_the_exact_next_window_from_any_batch(stream, tmp_path):
     """Through a checkpoint on disk, into a fresh stream, over buffers and epochs; an old state still holds later."""
     one, states, batches = stream(), [], []
-    for _ in range(200):
+    while len(states) < 60 or states[-40]["place"]["epoch"] < 1:
         states.append(one.state_dict())
         batches.append(one.next())
-    assert states[-1]["place"]["epoch"] >= 1
-    for at in [0, 1, *np.random.default_rng().integers(2, 170, 6)]:
+    for at in [0, 1, *np.random.default_rng().integers(2, len(states) - 30, 5), len(states) - 35]:
         checkpoint.save(tmp_path / "state.safetensors", states[at], {})
         for resumed in (stream(), one):
             resumed.load_state_dict(checkpoint.load(tmp_path / "state.safetensors"))
@@ -151,7 +151,7 @@ def test_state_costs_nothing_and_holds_no_more_than_the_windows_to_come(stream):
     assert torch.equal(state["windows"], before)
 
 
-@pytest.mark.parametrize("drops", [[0] * 20 + [1, 1], [0] * 9 + [1, "open", "open"], ([1] + [0] * 19) * 9])
+@pytest.mark.parametrize("drops", [[0] * 20 + [1, 1], [0] * 9 + [1, "open", "open"], ([1] + [0] * 45) * 2])
 def test_dropped_connection_is_taken_up_at_the_same_document(stream, drops):
     """Twice in a row, while opening again, again and again: the batches are those of a stream that never dropped."""
     said = []
@@ -282,7 +282,7 @@ BAD = {
     "blank": (lambda at: parquet(at, text=[" ", None, ""]), "dataset_name", "must hold text"),
     "broken": (lambda at: lines(at, '{"text": "a"}\n{"te'), "dataset_name", "cannot be read"),
     "binary": (lambda at: lines(at, "PK\3\4\0\0"), "dataset_name", "cannot be read"),
-    "no such file": (lambda at: ("json", at), "dataset_name", "no such file"),
+    "no such file": (lambda at: ("json", at), "dataset_name", "cannot be read"),
 }
 
 
@@ -298,6 +298,28 @@ def test_bad_stream_is_refused_at_once_in_one_line(stream, tmp_path, make, field
         one.next()
     line = str(refused.value)
     assert line.startswith(f"{field} = ") and hint in line and "\n" not in line
+
+
+def test_data_set_is_opened_by_its_config_and_split(tmp_path, monkeypatch):
+    """As on the hub, from its card; one that it does not have is one line that names those that it has."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "unused")
+    (tmp_path / "set").mkdir()
+    card = "---\nconfigs:\n"
+    for config in ("big", "small"):
+        (tmp_path / "set" / f"{config}.jsonl").write_text(json.dumps({"text": config}) + "\n")
+        card += f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}.jsonl\n"
+    (tmp_path / "set" / "README.md").write_text(card + "---\n")
+    data = DataConfig(str(tmp_path / "set"), dataset_config="small")
+    assert [row["text"] for row in open_hub(data, "train")] == ["small"]
+    for changed, split, line in (
+            (data, "test", r"^split = 'test': must be a split .*\['train'\]"),
+            (replace(data, val_split="dev"), "dev", r"^val_split = 'dev': must be a split .*\['train'\]"),
+            (replace(data, dataset_config="tiny"), "train", r"^dataset_config = 'tiny': .*\['big', 'small'\]"),
+            (replace(data, dataset_config=None), "train", r"^dataset_config = None: .*\['big', 'small'\]")):
+        with pytest.raises(DataError, match=line):
+            open_hub(replace(changed, split=split if changed.val_split is None else "train"), split)
 
 
 def test_state_of_another_stream_is_refused(stream, make_tokenizer, rows):
