@@ -46,10 +46,11 @@ class Estimate:
         for side in (-1, 1):
             near = (self.values_GM * side).min(0) - reach
             far = (self.values_GM * side).max(0) + reach
-            for _ in range(50):
+            for _ in range(40):
                 middle = (near + far) / 2
                 t_GM = (middle - self.values_GM * side) / self.errors_GM
-                tail_GM = np.where(t_GM > 0, 0.5 * two_sided(t_GM, self.df), 1 - 0.5 * two_sided(t_GM, self.df))
+                tail_GM = two_sided(t_GM, self.df) / 2
+                tail_GM = np.where(t_GM > 0, tail_GM, 1 - tail_GM)
                 outside = (self.weights_GM * tail_GM).sum(0) > level_M / 2
                 near, far = np.where(outside, middle, near), np.where(outside, far, middle)
             ends.append(side * far)

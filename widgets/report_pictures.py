@@ -22,7 +22,7 @@ def pictures(wanted: Sequence[Picture], kind: str) -> dict[str, bytes]:
         raise PictureError(f"a {kind} of a chart needs kaleido: pip install kaleido") from None
     drawn = {}
     try:
-        kaleido.start_sync_server(silence_warnings=True)
+        kaleido.start_sync_server(silence_warnings=True, mathjax=False)  # which it would fetch from the network
         try:
             for one in wanted:
                 size = {"width": WIDE if one.wide else NARROW, "height": int(one.figure.layout.height)}
