@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_core import store_access
+from moe_core.config import OPTIMIZERS
 from moe_core.old_forms import Console, Draft, LogError, Tally, is_wandb, read_wandb
 from moe_core.store import MAIN, RunStore, as_store_error
 
@@ -96,6 +97,11 @@ def import_log(log: str | os.PathLike | Sequence[str | os.PathLike], run_path: s
     whole = {name: found for name, found in whole.items() if _size(found[0])}
     if not whole:
         raise LogError(f"{', '.join(map(str, logs))}: no value that has a step")
+    metrics = {name for draft, _ in whole.values() for stretch in draft.stretches for row in stretch.rows.values()
+               for name in row}
+    for old in rename or ():
+        if old not in metrics:
+            raise LogError(f"rename = {rename!r}: the log has no {old!r}, it has {', '.join(sorted(metrics))}")
     return _write(Path(run_path), logs, whole, dict(rename or {}), tally)
 
 
@@ -106,6 +112,9 @@ def _check(logs: list[Path], val_every, shift: int) -> None:
     for one in every:
         if one is not None and (not isinstance(one, int) or isinstance(one, bool) or one < 1):
             raise LogError(f"val_every = {val_every!r}: must be a whole number of steps, at least 1, or None")
+    for name in val_every if isinstance(val_every, Mapping) else ():
+        if name not in OPTIMIZERS:
+            raise LogError(f"val_every = {val_every!r}: {name!r} must be one of {', '.join(OPTIMIZERS)}")
     if not isinstance(shift, int) or isinstance(shift, bool):
         raise LogError(f"shift = {shift!r}: must be a whole number of steps")
 

@@ -241,6 +241,8 @@ def test_what_is_no_log_is_one_line_and_writes_nothing(tmp_path):
             ("absent", "No such file", {}), ("", "directory", {}), ("bytes", "no line of a known form", {}),
             ("foreign", "no line of a known form", {}), ("own.csv", "no column Step.*optimizer", {}),
             ("good", "val_every = 0", {"val_every": 0}), ("good", "val_every", {"val_every": {"adamw": -1}}),
+            ("good", "'adam' must be one of adamw", {"val_every": {"adam": 200}}),
+            ("good", "no 'loss'.*train/loss", {"rename": {"loss": "train/ce"}}),
             ("good", "shift = 0.5", {"shift": 0.5}), ("good", "rename", {"rename": {"lr": "train/loss"}})):
         with pytest.raises(LogError, match=why) as raised:
             import_log(tmp_path / log, tmp_path / "old", **options)
