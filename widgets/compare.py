@@ -47,7 +47,7 @@ def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title
     names = labels(records)
     document = Document(
         title or " and ".join([", ".join(names[:-1]), names[-1]]),
-        f"{len(records)} runs compared, up to step {max(record.last_step for record in records)}",
+        f"{len(records)} runs compared, up to step {max(record.last_step for record in records):,}",
         tuple(blocks(records, names, level=2)))
     return save(document, records, out, static=static)
 

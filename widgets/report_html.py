@@ -49,6 +49,7 @@ addEventListener("afterprint", () => fit({autosize: true, width: null}));
 
 def render(document: Document, drawings: Mapping[str, bytes] | None = None) -> str:
     """The file's text. ``drawings``: SVG by a picture's name, in place of charts that a script draws."""
+    first = 1 if document.blocks and isinstance(document.blocks[0], Tiles) else 0  # before the list of sections
     body = [_block(block, drawings) for block in document.blocks]
     scripts = [] if drawings is not None or not document.pictures() else [get_plotlyjs(), DRAW]
     heads = [block.text for block in document.blocks if isinstance(block, Heading) and block.level == 2]
@@ -59,7 +60,7 @@ def render(document: Document, drawings: Mapping[str, bytes] | None = None) -> s
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(document.title)}</title>", f"<style>{STYLE}</style>", "</head>", "<body>", "<main>",
         f"<header><h1>{html.escape(document.title)}</h1><p>{_inline(document.subtitle)}</p></header>",
-        *body[:1], f'<nav aria-label="Sections">{nav}</nav>', *body[1:],
+        *body[:first], f'<nav aria-label="Sections">{nav}</nav>', *body[first:],
         "<footer>Made from the run's store by the MoE workbench.</footer>", "</main>",
         *(f"<script>{script}</script>" for script in scripts), "</body>", "</html>", ""])
 
