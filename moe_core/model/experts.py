@@ -3,7 +3,8 @@
 Both compute ``y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t))`` over the kept picks e of token t, where
 gate, up and down are matrices, with a bias each where the config says so.
 
-Shapes: T tokens, D model width, F expert width, E experts, K picks of a token, N = T * K assignments.
+Shapes: T tokens, D model width, F expert width, E experts, K picks of a token, N = T * K assignments, M rows of
+the grouped products (N, and those that fill up).
 """
 
 from __future__ import annotations
@@ -25,6 +26,40 @@ class Biases(NamedTuple):
     down: Tensor
 
 
+class Order(NamedTuple):
+    """The assignments sorted by expert, each expert's rows beginning at a multiple of ``align``.
+
+    Assignment n = t * K + k. ``order_N``: which assignment is the i-th in the order of experts; ``row_N``: its row;
+    ``place_N``: the row of each assignment; ``ends_E``: int32, the row behind each expert's last; M ``rows``.
+    """
+
+    order_N: Tensor
+    row_N: Tensor | None  # None: the i-th is row i
+    place_N: Tensor
+    ends_E: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, experts_TK: Tensor, n_experts: int, align: int) -> Order:
+        sorted_N, order_N = experts_TK.flatten().sort(stable=True)
+        n, experts_E = len(order_N), torch.arange(n_experts, device=order_N.device)
+        ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
+        at_N, row_N, rows = torch.arange(n, device=order_N.device), None, n
+        if align > 1:
+            sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+            room_E = (sizes_E + align - 1) // align * align
+            aligned_E = room_E.cumsum(0, dtype=torch.int32)
+            at_N = row_N = at_N + (aligned_E - room_E - ends_E + sizes_E)[sorted_N]
+            ends_E, rows = aligned_E, -(-n // align) * align + n_experts * align
+        return cls(order_N, row_N, torch.empty_like(order_N).scatter_(0, order_N, at_N), ends_E, rows)
+
+    def spread(self, values_ND: Tensor) -> Tensor:
+        """Values in the order of experts, each in its row: [N, D] -> [M, D]."""
+        if self.row_N is None:
+            return values_ND
+        return values_ND.new_zeros(self.rows, values_ND.shape[1]).index_copy_(0, self.row_N, values_ND)
+
+
 def experts_loop(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
                  biases: Biases | None = None) -> Tensor:
     """Expert by expert, in any dtype: [T, D] -> [T, D]. The reference; syncs with the device E times."""
@@ -39,36 +74,37 @@ def experts_loop(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copy each token's row to its K places in the order of experts, [T, D] -> [N, D].
+    """Copy each token's row to its K places in the order of experts, [T, D] -> [M, D]; rows between are 0.
 
     Its backward reads each place back through the inverse permutation: a gather and a sum, where autograd's
     own backward of indexing adds with atomics, slower and in no fixed order.
     """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, order_N: Tensor, place_N: Tensor, K: int) -> Tensor:
-        ctx.save_for_backward(place_N)
+    def forward(ctx, x_TD: Tensor, order: Order, K: int) -> Tensor:
+        ctx.save_for_backward(order.place_N)
         ctx.K = K
-        return x_TD[order_N // K]
+        return order.spread(x_TD[order.order_N // K])
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor):
+    def backward(ctx, grad_MD: Tensor):
         (place_N,) = ctx.saved_tensors
-        return grad_ND[place_N].unflatten(0, (-1, ctx.K)).sum(1), None, None, None
+        return grad_MD[place_N].unflatten(0, (-1, ctx.K)).sum(1), None, None
 
 
 class _Collect(torch.autograd.Function):
-    """Bring the rows back from the order of experts to that of tokens: rows[place], a permutation of N."""
+    """Bring the rows back from the order of experts to that of tokens, [M, D] -> [N, D]."""
 
     @staticmethod
-    def forward(ctx, rows_ND: Tensor, order_N: Tensor, place_N: Tensor) -> Tensor:
-        ctx.save_for_backward(order_N)
-        return rows_ND[place_N]
+    def forward(ctx, rows_MD: Tensor, order: Order) -> Tensor:
+        ctx.save_for_backward(*order[:-1])
+        ctx.rows = order.rows
+        return rows_MD[order.place_N]
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
-        (order_N,) = ctx.saved_tensors
-        return grad_ND[order_N], None, None
+        order = Order(*ctx.saved_tensors, ctx.rows)
+        return order.spread(grad_ND[order.order_N]), None
 
 
 @torch.library.custom_op("moe_core::grouped_mm_float32", mutates_args=())
@@ -99,6 +135,15 @@ def _grouped_mm(rows_ND: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     return F.grouped_mm(rows_ND, w_EDF, offs=ends_E)
 
 
+def alignment(x_TD: Tensor) -> int:
+    """To a multiple of how many rows each expert's are filled up with zeros.
+
+    On a CPU the library behind bfloat16 products makes a kernel for each number of rows and keeps it: ever new
+    numbers took twelve times as long as multiples of 32.
+    """
+    return 32 if x_TD.device.type == "cpu" and x_TD.dtype is not torch.float32 else 1
+
+
 def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
                     biases: Biases | None = None) -> Tensor:
     """Sort by expert, one grouped matrix product per weight, sort back: [T, D] -> [T, D].
@@ -118,22 +163,17 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
         raise ValueError(f"grouped experts in {dtype} need widths that are multiples of {multiple}, "
                          f"not {D} x {width_F}; experts_impl='loop' takes any")
 
-    # Assignment n = t * K + k. order: which assignment stands at each place; place: its inverse.
-    sorted_N, order_N = routing.experts_TK.flatten().sort(stable=True)
-    place_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=x_TD.device))
-    ends_E = torch.searchsorted(sorted_N, torch.arange(len(w_gate), device=x_TD.device), right=True,
-                                out_int32=True)
-
-    rows_ND = _Dispatch.apply(x_TD, order_N, place_N, K)
-    gate_NF, up_NF = (_grouped_mm(rows_ND, w, ends_E) for w in (w_gate, w_up))
+    order = Order.of(routing.experts_TK, len(w_gate), alignment(x_TD))
+    rows_MD = _Dispatch.apply(x_TD, order, K)
+    gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
     if biases is not None:
         # A product, not a lookup, whose gradient would add with atomics.
-        own_NE = (sorted_N.unsqueeze(-1) == torch.arange(len(w_gate), device=x_TD.device)).to(dtype)
-        gate_NF, up_NF = gate_NF + own_NE @ biases.gate, up_NF + own_NE @ biases.up
-    rows_ND = _grouped_mm(F.silu(gate_NF) * up_NF, w_down, ends_E)
+        own_ME = order.spread(F.one_hot(routing.experts_TK.flatten()[order.order_N], len(w_gate)).to(dtype))
+        gate_MF, up_MF = gate_MF + own_ME @ biases.gate, up_MF + own_ME @ biases.up
+    rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
     if biases is not None:
-        rows_ND = rows_ND + own_NE @ biases.down
-    out_TKD = _Collect.apply(rows_ND, order_N, place_N).unflatten(0, (-1, K))
+        rows_MD = rows_MD + own_ME @ biases.down
+    out_TKD = _Collect.apply(rows_MD, order).unflatten(0, (-1, K))
     weights_TK = torch.where(routing.kept_TK, routing.weights_TK, 0.0)
     return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(dtype)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_core.model import experts
 from moe_core.model.experts import Biases, Experts, experts_grouped, experts_loop
 from moe_core.model.router import RouterControls, Routing, route
 
@@ -54,6 +55,17 @@ def test_grouped_equals_loop(E, K, T, favourite, dropless):
     case = inputs(11 * E + K + T, T, E, K, favourite, dropless)
     loop, grouped = output_and_gradients(experts_loop, *case), output_and_gradients(experts_grouped, *case)
     for name, expected, actual in zip(NAMES, loop, grouped, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("E, K", CASES)
+@pytest.mark.parametrize("T, favourite, dropless", [(33, None, True), (64, 0, True), (3, -1, True), (33, None, False)])
+def test_filled_up_rows_change_nothing(E, K, T, favourite, dropless, monkeypatch):
+    """Each expert's rows filled up to a multiple of 32, as bfloat16 on a CPU has it: all as before, in float32."""
+    case = inputs(5 * E + K + T, T, E, K, favourite, dropless)
+    loop = output_and_gradients(experts_loop, *case)
+    monkeypatch.setattr(experts, "alignment", lambda x_TD: 32)
+    for name, expected, actual in zip(NAMES, loop, output_and_gradients(experts_grouped, *case), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
