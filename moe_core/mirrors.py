@@ -1,8 +1,8 @@
 """A run's metrics in other trackers as well: each mirror is a thread that reads the store and passes rows on.
 
 Training waits for none of this. A mirror reads the rows that are committed, as any reader of the store does, and
-sends them under the same names (those per layer stay in the store). It takes at most a few per cent of the time
-that it could steal from the training thread. What a tracker cannot do is said once, as an ``alert`` event: a
+sends them under the same names (those per layer stay in the store). It rests twenty times as long as it works, since
+what it works it may take from the training thread. What a tracker cannot do is said once, as an ``alert`` event: a
 package that is not installed ends that mirror; after any other error it tries again later, from the last row that
 went through; one that hangs holds up nobody but itself.
 
@@ -215,8 +215,10 @@ class _Mirror(threading.Thread):
             self._tracker = self._kind(line)
         finally:
             self._asked = None
+        if self._abandoned:
+            return place
         self._on, self._places[str(branch.id)] = branch.id, place
-        if not resumed and not self._abandoned:
+        if not resumed:
             store.log_event(branch.id, place["step"], "mirror", {
                 "name": self._label, "text": f"branch {branch.name} is mirrored to {self._label}: "
                                              f"{self._tracker.where}"})
