@@ -32,12 +32,16 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     handle.focus()
     for _ in range(3):
         handle.press("PageDown")
-    applied = until(lambda: re.search(r"applied at step (\d+)", knob.inner_text()), "applied at step N")
-    step = int(applied[1])
-
+    wanted = float(handle.get_attribute("aria-valuetext"))
     store = RunStore.open(tmp_path / "runs" / "first")
-    turned = [e for e in store.read_events() if e["kind"] == "knob" and e["payload"]["name"] == "router_temp"]
-    assert turned[-1]["step"] == step
+
+    def turns():
+        return [e for e in store.read_events() if e["kind"] == "knob" and e["payload"]["name"] == "router_temp"]
+
+    until(lambda: turns() and abs(turns()[-1]["payload"]["value"] - wanted) < 1e-6, "the last of the presses")
+    turned = turns()
+    step = turned[-1]["step"]
+    until(lambda: f"applied at step {step}" in knob.inner_text(), f"applied at step {step}")
     until(lambda: store.last_step() >= step + 2, "two steps with the new temperature")
     rows = store.read_steps()
     temps = dict(zip(rows.steps.tolist(), rows.column("router/temp").tolist(), strict=True))
