@@ -1,6 +1,9 @@
 """Mirrors against trackers that work, raise and hang; and the real packages, offline, where they are installed."""
 
 import gc
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -189,6 +192,28 @@ def test_a_run_starts_and_stops_its_mirrors(tiny_run, tmp_path, monkeypatch):
     del let_go
     until(lambda: gc.collect() is not None and kept() is None)
     until(lambda: not [t.name for t in threading.enumerate() if t.name.startswith("moe-mirror-")])
+
+
+def test_a_script_that_just_ends_has_its_last_rows_mirrored(tmp_path):
+    """Nothing is closed; rows written right before the main thread ends are sent, and the tracker is finished."""
+    script = f"""
+        import types
+        import moe_core as mc
+        from moe_core.mirrors import Mirrors
+        class Tracker:
+            interval_s, where = 60.0, "here"
+            def __init__(self, line): pass
+            def log(self, step, time, values): print(step, values["train/ce"])
+            def flush(self): pass
+            def finish(self): print("finished")
+        config = mc.preset("nano", mirrors="wandb")
+        store = mc.RunStore.create({str(tmp_path / "run")!r}, config.to_dict())
+        Mirrors(types.SimpleNamespace(store=store, config=config), {{"wandb": Tracker}})
+        for step in (1, 2, 3):
+            store.log_step(1, step, 0.0, {{"train/ce": step / 2}})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n") == ["1 0.5", "2 1.0", "3 1.5", "finished", ""], done.stderr
 
 
 def test_tensorboard_has_the_same_names_steps_and_values(tiny_run):
