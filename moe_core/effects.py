@@ -6,7 +6,8 @@ neighbouring values are alike (see ``moe_core.noise``). ``difference`` is the tu
 lies from where the trend alone would have it. Over the metrics of one turn Holm's method holds the chance that a turn
 which did nothing stands out anywhere to 5 in 100; ``low`` and ``high`` are at the level that it gives each metric.
 
-A change that builds up over the whole window looks like the trend's own bend, and is not claimed: two branches of
+What else happened at the same step, the end of a schedule or a shift in the data, is not told apart from the turn. A
+change that builds up over the whole window looks like the trend's own bend, and is not claimed: two branches of
 ``run.ab(...)`` tell it apart, step by step on the same batches (:func:`effects_of_ab`).
 
 n steps, M metrics.

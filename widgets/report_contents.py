@@ -33,6 +33,7 @@ from widgets.report_figures import ALTS, draw
 from widgets.report_setup import reproduce, setup
 from widgets.report_words import assessment, is_expert, observations, span
 
+BOOKKEEPING = ("mirror",)  # kinds of event that say nothing of the experiment
 LEVEL_OF = {gates.PASSED: "ok", gates.FAILED: "alarm", gates.NOT_REACHED: "none"}
 HOW_TOLD = (
     "Each turn of a knob stands at the first step that it acted on, with the metrics in which it stands out from the "
@@ -142,7 +143,10 @@ def _timeline(record: Record) -> list[Block]:
             told = last_turn[step] == event["id"]
             parts.append(Entry(f"step {step:,}", kind, say({**event, **payload}),
                                tuple(effect_blocks(record.effects, step)) if told else ()))
-        else:
+        elif kind == "finding":  # it came, at its level, or it went
+            level = payload.get("level", "watch") if payload.get("state") == "here" else "ok"
+            parts.append(Entry(f"step {step:,}", level, say({**event, **payload})))
+        elif kind not in BOOKKEEPING:
             parts.append(Entry(f"step {step:,}", kind, _happened(event)))
     return parts
 

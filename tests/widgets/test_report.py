@@ -94,6 +94,9 @@ def test_report_and_panel_draw_the_same_lines(told_run):
 def test_a_report_says_where_its_run_stands(told_run, tmp_path):
     """Config, versions, snapshots, notes, effects, gates and branches, each where it belongs, as the store has them."""
     run = told_run()
+    for state in ("here", "gone"):
+        run.session.post(mc.Command("finding", {"level": "alarm", "rule": "r", "state": state, "text": f"was {state}"}))
+    run.store.log_event(run.store.branches()[-1].id, 60, "mirror", {"text": "mirrored to nowhere"})
     record = Record.read(run)
     out = run.report(tmp_path / "r.html", gates=["val/loss < 0.1 by 20", "train/ce < 100", "train/ce < 1 by 999"],
                      snapshots=[20, 55], baselines=[run.path])
@@ -104,6 +107,8 @@ def test_a_report_says_where_its_run_stands(told_run, tmp_path):
     heads = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
     assert heads == ["Setup", "Snapshots", "Observations", "Assessment", "Timeline", "Recommendations",
                      "Acceptance checklist", "Comparison", "How to reproduce it"]
+    entries = re.findall(r'class="entry (\w+)"><h4><span>step 60</span>(.*?)</h4>', text)
+    assert entries == [("alarm", "Alarm: was here"), ("ok", "Gone: was gone")]
     paragraph = dict((head, words) for head, words, _ in assessment(record))["Clipping"]
     clipped = int(record.metrics["grad/clipped_cum"].iloc[-1])
     assert paragraph.startswith(f"{clipped} of 60 steps were clipped ({clipped / 60:.0%})")
