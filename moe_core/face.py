@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from moe_core import effects, frames, health, probe
+from moe_core import effects, frames, generation, health, probe
 from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.inspect import Inspection
@@ -145,6 +145,25 @@ class Face:
         ``steps``: as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
         """
         return probe.saturation(self._probed, steps, texts)
+
+    def generate(self, prompt, max_new_tokens: int | None = None, step: int | str | None = None, *,
+                 temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0):
+        """Go on with a text: a :class:`~moe_core.generation.Generation` (text, token ids, experts [L, T, K]), or for a
+        list of prompts a list of them, each of which is as long as it comes to.
+
+        ``prompt``: a text ("" begins a document), or token ids. ``max_new_tokens``: None is as many as block_size
+        leaves, which no text outgrows. ``temperature`` 0 takes the likeliest token each time; else one is drawn from
+        ``seed``'s random numbers, of the ``top_k`` likeliest and of the fewest that make up ``top_p``. ``step`` as of
+        :meth:`inspect`. Router knobs are as the step after it has them, without noise; no token is dropped. The run
+        itself does not move, and may be training. Raises ValueError.
+        """
+        return generation.generate(self._probed, prompt, max_new_tokens, step, temperature=temperature, top_k=top_k,
+                                   top_p=top_p, seed=seed)
+
+    def stream(self, prompt, max_new_tokens: int | None = None, step: int | str | None = None,
+               **how) -> Iterator[generation.Generation]:
+        """What :meth:`generate` gives of one prompt, as it is being written: after the prompt and each token."""
+        return generation.stream(self._probed, prompt, max_new_tokens, step, **how)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

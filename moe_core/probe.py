@@ -63,7 +63,7 @@ _sources: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def inspect(run, texts=None, step: int | str | None = None) -> Inspection:
     """See ``Run.inspect``, which is this; ``run`` may also be a :class:`Saved`. Raises ValueError."""
     probe = _probe(run, texts)
-    return _read(run.config, _weights(run, step), probe, _source(run).text)
+    return _read(run.config, weights_of(run, step), probe, _source(run).text)
 
 
 def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
@@ -71,10 +71,10 @@ def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
     import pandas as pd
 
     probe, source = _probe(run, texts), _source(run)
-    now = _read(run.config, _weights(run, None), probe, source.text)
+    now = _read(run.config, weights_of(run, None), probe, source.text)
     frames = []
     for step in sorted({0, *_kept(run)} - {now.step}) if steps is None else steps:
-        then = _read(run.config, _weights(run, step), probe, source.text)
+        then = _read(run.config, weights_of(run, step), probe, source.text)
         frames.append(now.changed_since(then).reset_index().assign(step=then.step, compared_with=now.step))
     columns = ["step", "layer", "saturation", "changed", "chance", "compared_with"]
     return pd.concat(frames)[columns].reset_index(drop=True) if frames else pd.DataFrame(columns=columns)
@@ -187,7 +187,8 @@ class Weights:
     knobs: dict[str, float]
 
 
-def _weights(run, step: int | str | None) -> Weights:
+def weights_of(run, step: int | str | None) -> Weights:
+    """Of a run or a :class:`Saved`; ``step`` as of :func:`inspect`. Raises ValueError, CheckpointError."""
     if step is None:
         return _present(run)
     if isinstance(step, str):
@@ -272,6 +273,16 @@ def _values(knobs: Knobs, step: int) -> dict[str, float]:
 
 # ---- the reading -----------------------------------------------------------------------------------------------
 
+def built(config: RunConfig, weights: Weights) -> Transformer:
+    """A model of its own with these weights, in eval mode, on the config's device."""
+    device = resolve_device(config)
+    with torch.device("meta"):  # no weight is drawn, and no memory taken
+        model = Transformer(config.model, config.router, experts_impl=config.experts_impl,
+                            compute_dtype=resolve_dtype(config, device))
+    model.load_state_dict(weights.model, assign=True)
+    return model.to(device).eval()
+
+
 class _Enough(Exception):
     """Every router has answered."""
 
@@ -279,12 +290,7 @@ class _Enough(Exception):
 @torch.no_grad()
 def _read(config: RunConfig, weights: Weights, probe: Probe, text: TokenText) -> Inspection:
     """Each window by itself, so that short ones need no padding and room is counted over real tokens alone."""
-    device = resolve_device(config)
-    with torch.device("meta"):  # no weight is drawn, and no memory taken
-        model = Transformer(config.model, config.router, experts_impl=config.experts_impl,
-                            compute_dtype=resolve_dtype(config, device))
-    model.load_state_dict(weights.model, assign=True)
-    model = model.to(device).eval()
+    model, device = built(config, weights), resolve_device(config)
     controls = RouterControls.constant(weights.knobs["router_temp"], 0.0, weights.knobs.get(
         "capacity_factor", config.router.capacity_factor), device)
     routed: list[Routing] = []

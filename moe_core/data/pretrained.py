@@ -46,12 +46,16 @@ def load_pretrained(name: str) -> Pretrained:
         raise refused("must be one that the tokenizers library runs (a tokenizer.json); this one is Python code")
     if tokenizer.eos_token_id is None:
         raise refused("must have an end-of-text token (eos_token), which joins the documents")
+    return of_backend(name, backend, tokenizer.eos_token_id)
+
+
+def of_backend(name: str, backend, end_of_text: int) -> Pretrained:
+    """A ``tokenizers.Tokenizer`` with what its texts end with."""
     backend.no_padding()
     backend.no_truncation()
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    content = f"{tokenizer.eos_token_id} {backend.to_str()}"
-    digest = hashlib.blake2b(content.encode(), digest_size=10).hexdigest()
-    return Pretrained(name, backend, vocab_size, tokenizer.eos_token_id, digest)
+    digest = hashlib.blake2b(f"{end_of_text} {backend.to_str()}".encode(), digest_size=10).hexdigest()
+    return Pretrained(name, backend, vocab_size, end_of_text, digest)
 
 
 def settled_vocabulary(config: RunConfig, say: Callable[[str], None]) -> RunConfig:

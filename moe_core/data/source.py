@@ -18,7 +18,7 @@ from moe_core.data.corpus import EMBEDDED, DataError
 from moe_core.data.corpus import SUFFIXES as FILES
 from moe_core.data.hub import Documents, open_hub, validation_tokens
 from moe_core.data.prefetch import Prefetched
-from moe_core.data.pretrained import Pretrained, load_pretrained, settled_vocabulary
+from moe_core.data.pretrained import Pretrained, load_pretrained, of_backend, settled_vocabulary
 from moe_core.data.stream import Stream
 
 _OTHER_FILES = (".json", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".html", ".pdf", ".npz", ".pt")
@@ -109,6 +109,18 @@ def open_data(config: RunConfig, pin: bool, say: Callable[[str], None]) -> Data:
         if pin:  # without a GPU a batch is copied from the mapped file in microseconds
             train = Prefetched(train, data.prefetch_factor * max(1, data.num_workers))
     return Data(train, validation_batches(val, block, batch, config.eval_iters), *about)
+
+
+def tokenizer_of(config: RunConfig, say: Callable[[str], None]) -> Pretrained | None:
+    """The tokenizer of a run whose config is :func:`settled`, without its data; None where only ids are known."""
+    from tokenizers import Tokenizer
+
+    if config.data.tokenizer:
+        return load_pretrained(config.data.tokenizer)
+    if kind_of(config.data) == "array":
+        return None
+    found = load_tokens(config.data, config.model.vocab_size, say)
+    return of_backend(str(found.tokenizer_path), Tokenizer.from_file(str(found.tokenizer_path)), found.end_of_text)
 
 
 def _refuse_nameless(data: DataConfig) -> None:

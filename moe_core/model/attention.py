@@ -8,11 +8,16 @@ Shapes: B batch, S sequence, D model width, H query heads, G key and value heads
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_core.config import ModelConfig
+
+if TYPE_CHECKING:
+    from moe_core.model.generate import LayerCache
 
 
 class Linear(nn.Linear):
@@ -87,8 +92,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.qk_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.qk_norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        """``rope`` holds the tables of :func:`rope_tables`; None where positions are learned."""
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None) -> Tensor:
+        """``rope`` holds the tables of :func:`rope_tables`; None where positions are learned. ``cache``: keys and
+        values of earlier tokens, which this adds to; None is a sequence by itself.
+        """
         q_BSHC, k_BSGC, v_BSGC = (
             proj(x_BSD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -97,8 +104,11 @@ class Attention(nn.Module):
         q_BHSC, k_BGSC, v_BGSC = (t.transpose(1, 2) for t in (q_BSHC, k_BSGC, v_BSGC))
         if rope is not None:
             q_BHSC, k_BGSC = apply_rope(q_BHSC, *rope), apply_rope(k_BGSC, *rope)
+        mask = None
+        if cache is not None:
+            k_BGSC, v_BGSC, mask = cache.extend(k_BGSC, v_BGSC)
         y_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=self.is_grouped
+            q_BHSC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=mask is None, enable_gqa=self.is_grouped
         )
         y_BSD = y_BHSC.transpose(1, 2).flatten(-2)
         if self.gate_proj is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import Experts
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
 from moe_core.model.size import count_params, flops_per_token
+
+if TYPE_CHECKING:
+    from moe_core.model.generate import LayerCache
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ class Block(nn.Module):
         self.mlp = MoE(model, router, experts_impl) if routed else MLP(model)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, controls: RouterControls | None,
-                noise_TE: Tensor | None, bias_E: Tensor | None,
-                kept_2BSD: Tensor | None) -> tuple[Tensor, Routing | None]:
-        """``kept_2BSD``: what dropout leaves of the two additions; None is all."""
+                noise_TE: Tensor | None, bias_E: Tensor | None, kept_2BSD: Tensor | None,
+                cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
+        """``kept_2BSD``: what dropout leaves of the two additions; None is all. ``cache``: of the attention."""
         kept_attn, kept_mlp = (None, None) if kept_2BSD is None else kept_2BSD
-        x_BSD = x_BSD + _dropped(self.attn(self.attn_norm(x_BSD), rope), kept_attn, self.dropout)
+        x_BSD = x_BSD + _dropped(self.attn(self.attn_norm(x_BSD), rope, cache), kept_attn, self.dropout)
         routing, x_mlp = None, self.mlp_norm(x_BSD)
         if isinstance(self.mlp, MLP):
             y_BSD = self.mlp(x_mlp)
