@@ -21,12 +21,13 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from typing import TextIO
 
 import numpy as np
 
 from moe_core.config import RunConfig
 from moe_core.model import count_params
-from moe_core.store import MAIN, RunStore
+from moe_core.store import RunStore
 
 
 def params_line(config: RunConfig) -> str:
@@ -55,13 +56,16 @@ def eval_line(config: RunConfig, row: Mapping[str, float]) -> str:
 class Console:
     """Shows a run while it trains, from its store; :meth:`look` every now and then, from one thread."""
 
-    def __init__(self, store: RunStore, config: RunConfig, step: int, total: int):
-        """``step``: what the run has done; ``total``: the step that it is trained to."""
+    def __init__(self, store: RunStore, config: RunConfig, branch: str, step: int, total: int):
+        """``branch``, ``step``: where the run is; ``total``: the step that it is trained to."""
         self._store, self._config, self._total = store, config, total
-        self._step, self._name, self._branch = step, None, MAIN
-        self._shown = time.time()  # the newest row that was shown; those before this are not shown again
+        self._step, self._name, self._branch = step, branch, self._id(branch)
+        self._shown = time.time()  # of the newest row that was shown; none that is older is shown
         self._since: list[float] = []  # tokens a second of each step since the last line
         self._bar = _bar(step, total)
+
+    def _id(self, branch: str) -> int:
+        return next(b.id for b in self._store.branches() if b.name == branch)
 
     def start(self) -> None:
         self._print(params_line(self._config))
@@ -69,11 +73,8 @@ class Console:
     def look(self, branch: str) -> None:
         """Show what was written since the last look. ``branch``: the run's current one."""
         if branch != self._name:
-            if self._name is not None:
-                print(f"now on branch {branch!r}", file=sys.stderr)
-                self._step, self._since = 0, []
-            self._name = branch
-            self._branch = next(b.id for b in self._store.branches() if b.name == branch)
+            self.say(f"now on branch {branch!r}")
+            self._step, self._since, self._name, self._branch = 0, [], branch, self._id(branch)
         rows = self._store.read_steps(self._branch, self._step, shares=False)
         for step, when, values in zip(rows.steps.tolist(), rows.time.tolist(), rows.values.astype(float), strict=True):
             self._step = step
@@ -94,11 +95,16 @@ class Console:
         if validated:
             self._print(eval_line(self._config, row))
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line beside the training's own, on stderr."""
+        self._print(line, sys.stderr)
+
+    def _print(self, line: str, where: TextIO | None = None) -> None:
+        where = where or sys.stdout
         if self._bar is None:
-            print(line, flush=True)
+            print(line, file=where, flush=True)
         else:
-            self._bar.write(line, file=sys.stdout)
+            self._bar.write(line, file=where)
 
     def close(self) -> None:
         if self._bar is not None:

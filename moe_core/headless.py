@@ -73,7 +73,7 @@ def resume(path: str, steps: int | None) -> int:
     if _holds_run(path) and store_access.writer(Path(path)) is not None:
         return _resume_elsewhere(path, steps)
     run = _return(path)
-    return drive(run, run.current_step + steps if steps else run.config.optim.max_iters)
+    return drive(run, run.config.optim.max_iters, steps)
 
 
 def _resume_elsewhere(path: str, steps: int | None) -> int:
@@ -124,26 +124,27 @@ def _say_ignored(run: Run, line: commands.Line) -> None:
             tell(f"{run.path}: {field} stays {has!r}, as the run was begun; {value!r} would be another run")
 
 
-def drive(run: Run, total: int) -> int:
-    """Train ``run`` to step ``total``, showing it; returns 0, or 128 and the signal's number where one stopped it.
+def drive(run: Run, total: int, steps: int | None = None) -> int:
+    """Train ``run`` to step ``total``, or ``steps`` more, showing it; returns 0, or 128 and the number of the signal.
 
     SIGINT, SIGTERM and SIGHUP pause at the next step boundary; the state is saved. A second one stops at once. Where
     another process paused the run, this waits until one of them goes on. Raises TrainingError.
     """
     caught: list[int] = []
-    with contextlib.closing(run), _signals(caught):
+    with contextlib.closing(run):
+        if run._trainer is None:
+            run.resume()  # now, since it may stand at an earlier step than the rows that a crash left
+        total = total if steps is None else run.current_step + steps
         if run.current_step >= total:
             tell(f"{run.path}: is at step {run.current_step}, its planned end; 'moe resume {run.path} --steps N' "
                  "trains N more")
             return 0
-        console = Console(run.store, run.config, run.current_step, total)
+        console = Console(run.store, run.config, run.branch, run.current_step, total)
         tell(f"{run.path}: training to step {total}; Ctrl-C pauses and saves")
         console.start()
-        try:
+        with contextlib.closing(console), _signals(caught):
             run.session.start(total - run.current_step)
             _watch(run, total, console, caught)
-        finally:
-            console.close()
         step = run.current_step
     if caught:
         tell(f"{run.path}: paused at step {step} of {total} and saved; go on with: moe resume {run.path}"
@@ -168,8 +169,8 @@ def _watch(run: Run, total: int, console: Console, caught: list[int]) -> None:
         if rests and (caught or run.current_step >= total):
             return
         if rests and not waiting:
-            tell(f"{run.path}: paused at step {run.current_step} from elsewhere; waiting until it goes on from there, "
-                 "Ctrl-C ends")
+            console.say(f"{run.path}: paused at step {run.current_step} from elsewhere; waiting until it goes on from "
+                        "there, Ctrl-C ends")
         waiting = rests
         if rests:
             time.sleep(LOOK)

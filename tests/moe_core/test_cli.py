@@ -93,17 +93,30 @@ def test_a_run_from_the_shell_is_told_in_those_lines_and_lies_where_it_was_asked
 
 def test_an_interrupted_run_is_resumed_to_the_same_numbers(line, tmp_path):
     """Ctrl-C in mid-run: paused at a boundary, saved, exit 130, told how; resumed, it is the uninterrupted run."""
-    steps = 150
-    process = begun(["train", "cut", *line(max_iters=steps, eval_interval=25)], tmp_path)
+    process = begun(["train", "cut", *line(max_iters=100_000, eval_interval=5)], tmp_path)
     until_step(tmp_path / "cut", 8, process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    at = int(re.search(r"paused at step (\d+) of 150 and saved; go on with: moe resume cut", told)[1])
-    assert 8 <= at < steps and "Traceback" not in told
-    assert main(["resume", str(tmp_path / "cut")]) == 0
-    assert main(["train", str(tmp_path / "whole"), *line(max_iters=steps, eval_interval=25)]) == 0
+    assert process.returncode == 130 and "Traceback" not in told, told
+    at = int(re.search(r"paused at step (\d+) of 100000 and saved; go on with: moe resume cut", told)[1])
+    assert main(["resume", str(tmp_path / "cut"), "--steps", "7"]) == 0
+    assert main(["train", str(tmp_path / "whole"), *line(max_iters=at + 7, eval_interval=5)]) == 0
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on_from_what_was_saved(line, tmp_path, capsys):
+    """kill -9, then resume --steps N: N steps from the saved state, each shown, though later rows are on disk."""
+    path = str(tmp_path / "killed")
+    process = begun(["train", path, *line(max_iters=100_000, save_interval=20, eval_interval=0)], tmp_path)
+    until_step(path, 23, process)
+    process.kill()
+    process.communicate()
+    assert main(["resume", path, "--steps", "12"]) == 0
+    out = capsys.readouterr().out
+    saved = int(re.search(r"saved up to step (\d+); steps", out)[1])
+    assert f"iter {saved + 12:6d} |" in out
+    with RunStore.open(path) as store:
+        assert store.last_step(store.get_meta("branch")) == saved + 12 and store.last_step(1) > saved
 
 
 def test_a_run_that_another_process_trains_is_steered_from_the_shell(line, tmp_path, capsys):
