@@ -32,8 +32,8 @@ def open_hub(data: DataConfig, split: str):
 
     if tuple(map(int, datasets.__version__.split(".")[:2])) < (5, 1):
         # Before, the place of a stream that had been resumed once was wrong: documents were read twice, or never.
-        raise DataError(f"dataset_name = {data.dataset_name!r}: streaming needs datasets 5.1 or newer, which resumes at "
-                        f"the exact document; this is {datasets.__version__}: pip install -U datasets")
+        raise DataError(f"dataset_name = {data.dataset_name!r}: streaming needs datasets 5.1 or newer, which resumes "
+                        f"at the exact document; this is {datasets.__version__}: pip install -U datasets")
     try:
         with quiet_datasets():
             return datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, streaming=True)
