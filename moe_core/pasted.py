@@ -11,7 +11,7 @@ from typing import NamedTuple
 from moe_core.config import ConfigError
 from moe_core.flags import ANYWHERE, DIALECTS
 
-_END = {"|", "||", "&&", "&", ";", ">", ">>", "2>", "2>&1", "*>", "<"}  # what a shell reads as the command's end
+_END = {"|", "||", "&&", "&", ";", ">", ">>", "2>", "2>&1", "*>", "<"}  # between a shell's commands
 _NOT_A_PATH = re.compile(r"(py|python[\d.]*|torchrun|accelerate|deepspeed|uv|srun|nohup|time|env|PS|&)(\.exe)?"
                          r"|\(.*|.*[$#%>❯]|\w+=.*")
 _VALUED = set(ANYWHERE).union(*(d.flags for d in DIALECTS.values()))
@@ -48,8 +48,20 @@ def _cut(line: str) -> list[str]:
         found = list(lexer)
     except ValueError:
         raise ConfigError(f"command = {line!r}: must have its quotes in pairs") from None
-    start = next((i for i, word in enumerate(found) if word not in _END), 0)  # ">" may be a prompt
-    return found[start:next((i for i, word in enumerate(found) if i > start and word in _END), len(found))]
+    return _command(found)
+
+
+def _command(found: list[str]) -> list[str]:
+    """Of several commands on one line (``cd code && python ... | tee log``) the one with a script or flags."""
+    parts: list[list[str]] = [[]]
+    for word in found:
+        ends = word.endswith(";") and not any(map(is_flag, parts[-1]))
+        if word not in _END:
+            parts[-1].append(word.removesuffix(";") if ends else word)
+        if ends or word in _END:
+            parts.append([])
+    return next((part for part in parts if any(is_flag(word) or word.endswith(".py") for word in part)),
+                next(filter(None, parts), []))
 
 
 def is_flag(word: str) -> bool:

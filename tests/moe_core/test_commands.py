@@ -165,7 +165,9 @@ def test_a_line_means_the_same_however_it_is_pasted():
             f"C:\\code>py {dos}".replace("\n", "\r\n"), f"python {power}".replace("`\n  ", "` \n>> "),
             f"python {unix}".replace("\n", " "), f"moe train python {unix}",
             f"CUDA_VISIBLE_DEVICES=1 torchrun --standalone --nproc_per_node 1 {unix} 2>&1 | tee a.log",
-            joined, f"$ {joined}", f"> {joined}", f"moe train {joined}", f"python -m train_experimental {dashed}",
+            f"cd code && source .venv/bin/activate; python {unix} > out.log", f"& python {power}",
+            f"conda run -n moe python {unix}", joined, f"$ {joined}", f"> {joined}",
+            f"moe train {joined}", f"python -m train_experimental {dashed}",
             joined.replace("--", "—"), ["moe", "train", f"$ python train_experimental.py {joined}"],
             shlex.split(f"train_experimental.py {joined}")]:
         assert parse(line) == plain, line
