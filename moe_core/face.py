@@ -116,7 +116,7 @@ class Face:
     def report(self, path: str | os.PathLike, **options) -> Path:
         """Write the experiment up from the store, as .html, .md or .ipynb by the end of ``path``; returns the path.
 
-        ``options``: gates, baselines, snapshots, title, static (see ``widgets.report.write``).
+        ``options``: gates, baselines, snapshots, title, static, inspection (see ``widgets.report.write``).
         """
         from widgets import report
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_core import gates as gate_lines
+from moe_core.inspect import Inspection
 from widgets import report_html, report_markdown, report_notebook
 from widgets.record import Record
 from widgets.report_blocks import Document
@@ -25,13 +26,16 @@ class ReportError(ValueError):
 
 
 def write(run, out: str | os.PathLike, *, static: bool = False, gates: Sequence[str] = (), baselines: Sequence = (),
-          snapshots: Sequence[int] | None = None, title: str | None = None) -> Path:
+          snapshots: Sequence[int] | None = None, title: str | None = None,
+          inspection: Inspection | None = None) -> Path:
     """Write ``run`` up in ``out``, an .html, .md or .ipynb file, and return its path.
 
     ``run``, ``baselines``: runs, stores, or paths of runs, which are only read. ``gates``: lines of
     :mod:`moe_core.gates`. ``snapshots``: steps (None: about each quarter of the way). ``static``: an HTML without
-    script, its charts as SVG. Raises ReportError, GateError or StoreError before anything is written, PictureError
-    where pictures are needed and cannot be made.
+    script, its charts as SVG. ``inspection``: what ``run.inspect()`` found, for a section on the experts.
+
+    Raises ReportError, GateError or StoreError before anything is written, PictureError where pictures are needed
+    and cannot be made.
     """
     out = _checked(out)
     wanted = [gate_lines.parse(line) for line in ([gates] if isinstance(gates, str) else gates)]
@@ -44,7 +48,7 @@ def write(run, out: str | os.PathLike, *, static: bool = False, gates: Sequence[
     others = [Record.read(baseline, told=False) for baseline in baselines]
     answers = gate_lines.check(wanted, record.metrics)
     whole = document(record, answers, others, [gate_lines.check(wanted, other.metrics) for other in others],
-                     snapshots, title)
+                     snapshots, title, inspection)
     return save(whole, [record, *others], out, static=static)
 
 

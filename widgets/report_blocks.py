@@ -67,12 +67,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """``name``: a file's, and the key under which :func:`widgets.report_figures.draw` has it."""
+    """``name``: a file's, and the key under which :func:`widgets.report_figures.draw` has it.
+
+    ``again`` False: it is not drawn from the store, so a notebook can only show it.
+    """
 
     name: str
     figure: go.Figure
     alt: str
     wide: bool = False
+    again: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from moe_core import gates
-from widgets import compare
+from moe_core.inspect import Inspection
+from widgets import compare, report_specialisation
 from widgets.marks import say
 from widgets.record import Record
 from widgets.report_blocks import (
@@ -46,11 +47,12 @@ SNAPSHOT = ("train/loss", "train/ce", "val/loss", "val/loss_with_aux", "router/e
 
 
 def document(record: Record, answers: Sequence[gates.Answer], baselines: Sequence[Record],
-             base_answers: Sequence[Sequence[gates.Answer]], snapshots: Sequence[int] | None,
-             title: str | None) -> Document:
+             base_answers: Sequence[Sequence[gates.Answer]], snapshots: Sequence[int] | None = None,
+             title: str | None = None, inspection: Inspection | None = None) -> Document:
     """The whole report. ``answers``: of the gates; ``base_answers``: the same gates' for each baseline."""
     parts = [_tiles(record, answers), *setup(record), *_snapshots(record, snapshots), *_observations(record),
-             *_assessment(record), *_timeline(record), *_recommendations(record),
+             *_assessment(record), *(report_specialisation.blocks(inspection) if inspection is not None else []),
+             *_timeline(record), *_recommendations(record),
              *_checklist(answers, baselines, base_answers), *_comparison(record, baselines), *reproduce(record)]
     branch = "" if record.branch == "main" else f", branch {code(record.branch)}"
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())

@@ -26,7 +26,8 @@ def render(document: Document, records: Sequence[Record], out: Path, drawings: M
             words = []
         if isinstance(block, Pictures):
             cells += [new_markdown_cell("\n\n".join(words))] if words else []
-            cells += [_drawing(picture, drawings.get(picture.name)) for picture in block.pictures]
+            cells += [(_drawing if picture.again else _shown)(picture, drawings.get(picture.name))
+                      for picture in block.pictures]
             words = []
         else:
             words.append(block_text(block, _no_picture))
@@ -63,6 +64,15 @@ def _drawing(picture: Picture, png: bytes | None) -> dict:
         cell.outputs.append(new_output("display_data", {"image/png": base64.b64encode(png).decode(),
                                                         "text/plain": picture.alt}))
     return cell
+
+
+def _shown(picture: Picture, png: bytes | None) -> dict:
+    """A picture inside a cell of text."""
+    if png is None:
+        return new_markdown_cell(f"{inline(picture.alt)}: not drawn, for want of kaleido and Chrome or Chromium.")
+    name = f"{picture.name}.png"
+    return new_markdown_cell(f"![{inline(picture.alt)}](attachment:{name})",
+                             attachments={name: {"image/png": base64.b64encode(png).decode()}})
 
 
 def _no_picture(picture: Picture) -> str:

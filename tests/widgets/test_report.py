@@ -179,6 +179,21 @@ def test_a_notebook_report_runs_again_from_the_store(told_run, tmp_path):
     assert all("application/vnd.plotly.v1+json" in cell.outputs[0].data for cell in drawing)
 
 
+def test_an_inspection_says_what_the_experts_took(tiny_run, tmp_path):
+    """Its section names the probe, a row an expert, and its charts; a notebook keeps them as pictures in its text."""
+    run = tiny_run()
+    run.step(6)
+    found = run.inspect()
+    text = run.report(tmp_path / "r.html", inspection=found).read_text()
+    assert f"{len(found.token_ids):,} tokens of {len(found.kinds)} documents" in text
+    section = text[text.index("Most typical tokens"):text.index("Timeline</h2>")]
+    assert section.count("<tr><td") == 4
+    assert 'data-chart="information"' in text and 'data-chart="coactivation-0"' in text
+    cells = nbformat.read(run.report(tmp_path / "r.ipynb", inspection=found), as_version=4).cells
+    kept = [cell for cell in cells if "attachments" in cell]
+    assert [list(cell.attachments) for cell in kept] == [["information.png"], ["coactivation-0.png"]]
+
+
 def test_several_runs_are_overlaid_and_their_differences_listed(tiny_run, tmp_path):
     """Two runs with another seed and alpha: those two fields in the table, a line of each on every overlay."""
     runs = [tiny_run("one", seed=1), tiny_run("two", seed=2, load_balance_alpha=0.5)]

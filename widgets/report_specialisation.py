@@ -1,0 +1,60 @@
+"""What the experts have specialised in, as a section of a report: a probe's tokens, and who took them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from moe_core.inspect import Inspection
+from widgets import specialisation
+from widgets.figures import figure
+from widgets.report_blocks import Block, Heading, Picture, Pictures, Table, Text, code, number
+from widgets.report_figures import NARROW
+
+TOKENS = 8  # most typical ones that are shown of an expert
+PAIRS = 3  # pairs of successive layers that are drawn, evenly spread
+
+
+def blocks(inspection: Inspection) -> list[Block]:
+    """Mutual information layer by layer, each expert's most typical tokens, and which experts follow which."""
+    information = inspection.mutual_information()
+    last = inspection.n_layer - 1
+    pairs = sorted({round(at) for at in np.linspace(0, last - 1, min(last, PAIRS))}) if last else []
+    drawn = [Picture("information", figure(specialisation.information(inspection), width=NARROW),
+                     "What a token's expert says of the token, layer by layer", again=False)]
+    drawn += [Picture(f"coactivation-{layer}", figure(specialisation.coactivation(inspection, layer), width=NARROW),
+                      f"Experts of layer {layer} against those of layer {layer + 1}", again=False) for layer in pairs]
+    layer = _most_telling(information)
+    rows = []
+    for expert in range(inspection.n_experts):
+        typical = inspection.tokens_of(layer, expert, TOKENS)
+        said = ", ".join(f"{code(token)} {lift:.1f}×"
+                         for token, lift in zip(typical["token"], typical["lift"], strict=True))
+        rows.append((str(expert), f"{inspection.shares()[layer, expert]:.1%}", said or "none that is typical of it"))
+    return [Heading("Specialisation of the experts"), Text(_sentence(inspection, information)),
+            Pictures(tuple(drawn)), Heading(f"Most typical tokens in layer {layer}", 3),
+            Text("Times more often than by the expert's share; sorted by how sure it is, not by how large."),
+            Table(("expert", "share", "tokens"), tuple(rows), (1,))]
+
+
+def _sentence(inspection: Inspection, information: pd.DataFrame) -> str:
+    said = [f"{len(inspection.token_ids):,} tokens of {len(inspection.kinds)} documents went through the weights after "
+            f"step {inspection.step:,}, without noise."]
+    for about, table in information.groupby("about", sort=False):
+        known = table.dropna(subset="normalised")
+        if not len(known):
+            said.append(f"Of the {about} nothing can be known from the expert.")
+            continue
+        best = known.loc[known["normalised"].idxmax()]
+        clear = int((known["nats"] > 2 * known["spread"]).sum())
+        nats = number(best["nats"], 3)
+        said.append(f"Of a token's {about} its expert says most in layer {best['layer']:.0f}: {nats} nats more than "
+                    f"chance gives, {best['normalised']:.1%} of what can be known; in {clear} of {len(table)} layers "
+                    "it is above two spreads of chance.")
+    return " ".join(said)
+
+
+def _most_telling(information: pd.DataFrame) -> int:
+    """The layer whose expert says most of the token's class."""
+    values = information[information["about"] == information["about"].iloc[0]]["normalised"].fillna(-1)
+    return int(information.loc[values.idxmax(), "layer"])
