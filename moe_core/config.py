@@ -88,7 +88,8 @@ class ModelConfig(_Checked):
     rope_theta: float = _field(10000.0, gt=0)
     norm_eps: float = _field(1e-6, gt=0)
     dropout: float = _field(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
-    bias: bool = False  # of every linear layer, experts included; the router always has one
+    bias: bool = False  # of every linear layer, experts included, but not the router
+    router_bias: bool = True  # of the router's logits; what is to become a Hugging Face model can have none
 
     def _check(self):
         if self.n_experts and self.skip_first_n_moe >= self.n_layer:

@@ -147,17 +147,17 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
 
 
 class Router(nn.Module):
-    """A linear layer with a bias, then :func:`route`. ``weight`` [E, D] and ``bias`` [E], uninitialised."""
+    """A linear layer, then :func:`route`. ``weight`` [E, D] and ``bias`` [E] or None, uninitialised."""
 
-    def __init__(self, d_model: int, n_experts: int, config: RouterConfig):
+    def __init__(self, d_model: int, n_experts: int, config: RouterConfig, bias: bool = True):
         super().__init__()
         self.top_k, self.norm_topk_prob, self.dropless = config.top_k, config.norm_topk_prob, config.dropless
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
-        self.bias = nn.Parameter(torch.empty(n_experts))
+        self.register_parameter("bias", nn.Parameter(torch.empty(n_experts)) if bias else None)
 
     def forward(self, x_TD: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
                 bias_E: Tensor | None = None) -> Routing:
         # In bfloat16 two or three choices in a thousand would flip.
-        logits_TE = F.linear(x_TD.float(), self.weight.float(), self.bias.float())
+        logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         return route(logits_TE, controls, noise_TE, bias_E, top_k=self.top_k,
                      norm_topk_prob=self.norm_topk_prob, dropless=self.dropless)

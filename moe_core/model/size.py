@@ -26,7 +26,8 @@ def _block_weights(model: ModelConfig, n_experts: int) -> int:
 def _vectors(model: ModelConfig) -> int:
     """Norms and biases of all blocks."""
     D, n_dense = model.d_model, model.n_layer - model.n_moe_layer
-    count = model.n_layer * (2 * D + 2 * model.head_dim * model.qk_norm) + model.n_moe_layer * model.n_experts
+    count = model.n_layer * (2 * D + 2 * model.head_dim * model.qk_norm)
+    count += model.n_moe_layer * model.n_experts * model.router_bias
     if model.bias:
         attention = (2 + (model.attn_gate != "none")) * D + 2 * model.kv_heads * model.head_dim
         dense = (2 if model.mlp == "swiglu" else 1) * model.dense_width + D

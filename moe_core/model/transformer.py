@@ -61,7 +61,7 @@ class MoE(nn.Module):
 
     def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str):
         super().__init__()
-        self.router = Router(model.d_model, model.n_experts, router)
+        self.router = Router(model.d_model, model.n_experts, router, model.router_bias)
         self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl, model.bias)
 
     def forward(self, x_BSD: Tensor, controls: RouterControls, noise_TE: Tensor | None,
@@ -261,7 +261,8 @@ def initialise(model: Transformer, seed: int | None) -> None:
             module.weight.fill_(1.0)
         elif isinstance(module, Router):
             normal(module.weight, 0.5, module.weight.shape[1])
-            module.bias.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, Experts):
             # [E, in, out], whose fans nn.init would read from the wrong axes.
             for weight, gain in zip(module.weights(), (1.0, 1.0, OUTPUT_GAIN), strict=True):

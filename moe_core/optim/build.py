@@ -68,7 +68,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[Tensor]]:
                 groups["vectors"] += module.biases()
             case Router():
                 groups["router"].append(module.weight)
-                groups["vectors"].append(module.bias)
+                groups["vectors"] += [] if module.bias is None else [module.bias]
             case RMSNorm():
                 groups["vectors"].append(module.weight)
     times = Counter(p for params in groups.values() for p in params)  # tensors hash by identity

@@ -22,6 +22,7 @@ VARIANTS = {
     "dense gelu": dict(n_experts=0, mlp="gelu", use_rope=False, n_kv_heads=1),
     "one dense block first, biases": dict(skip_first_n_moe=1, mlp_width=40, bias=True, n_kv_heads=2, top_k=2),
     "two dense gelu blocks first, bias balancing": dict(skip_first_n_moe=2, mlp="gelu", balance="bias"),
+    "no router bias": dict(router_bias=False),
     "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
 }
 
