@@ -49,13 +49,17 @@ def stretched(config: RunConfig, steps: int) -> RunConfig:
 class Search:
     """A search for peak rates, the same for every entry: one run for each pair of ``multipliers``.
 
-    An entry's two rates (:data:`RATES`) are its own times the pair; the lowest last ``val/loss`` wins. ``steps``: the
-    length of a run, to which its schedule is shrunk. ``seed`` None: one above the seeds of the shoot-out.
+    An entry's two rates (:data:`RATES`) are those of :meth:`centre` times the pair; the lowest last ``val/loss`` wins.
+    ``steps``: the length of a run, to which its schedule is shrunk. ``seed`` None: one above those of the shoot-out.
+    ``second``: the centre of the second rate over what the config gives, where it gives no ``embed_lr``. The tied
+    embedding wants about ten times the rate of the matrices: around equal rates, searches on ``nano`` (AdamW, Muon +
+    AdamW) and on one of half its depth and width (all four, dense and MoE) ended at the second rate's upper edge.
     """
 
     multipliers: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     steps: int = 100
     seed: int | None = None
+    second: float = 10.0
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -64,6 +68,8 @@ class Search:
             raise ConfigError(f"multipliers = {self.multipliers}: must be different numbers above 0, at least one")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"steps = {self.steps!r}: a search needs a whole number of steps, at least 1")
+        if not isinstance(self.second, int | float) or not 0 < self.second < math.inf:
+            raise ConfigError(f"second = {self.second!r}: must be a number above 0")
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
@@ -73,10 +79,15 @@ class Search:
         """Whether a choice lies at the edge of what was searched: the best may lie beyond."""
         return min(pair) == min(self.multipliers) or max(pair) == max(self.multipliers)
 
+    def centre(self, config: RunConfig) -> dict[str, float]:
+        """The rates that the multipliers are of, by field."""
+        found, second = rates(config), RATES[config.optim.optimizer][1]
+        return found | {second: found[second] * self.second} if config.optim.embed_lr is None else found
+
     def trial(self, config: RunConfig, pair: tuple[float, float]) -> RunConfig:
         """What one run of the search is made of."""
         first = RATES[config.optim.optimizer][0]
-        scaled = {name: rate * pair[name != first] for name, rate in rates(config).items()}
+        scaled = {name: rate * pair[name != first] for name, rate in self.centre(config).items()}
         short = stretched(config, self.steps).replace(eval_interval=self.steps, seed=self.seed)
         return with_rates(short, **scaled)
 

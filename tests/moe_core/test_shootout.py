@@ -166,7 +166,9 @@ def test_a_search_gives_each_entry_the_same_budget_and_the_best_of_its_rates(tin
         assert peaks == {name: getattr(optim, name) for name in (first, second)}
         assert best["rates"] == f"{first} {peaks[first]:.3g}, {second} {peaks[second]:.3g}"
         assert made.summary().set_index("optimizer")["peaks"][label] == best["rates"] + " (at the edge of the search)"
-        base = rates(made.entries[label])
+        base = search.centre(made.entries[label])
+        assert base == {first: getattr(made.entries[label].optim, first), second: 10 * (
+            made.entries[label].optim.sophia_lr if second == "sophia_lr" else 3e-3)}
         assert {peaks[name] / base[name] for name in (first, second)} <= {0.5, 4.0}
         assert (optim.max_iters, optim.min_lr / optim.learning_rate) == (8, pytest.approx(0.1))
     assert not [*(tmp_path / "s" / "search").rglob("*.safetensors")]  # nine states for every one that is wanted
@@ -336,6 +338,8 @@ def test_wrong_searches_labels_and_folders_are_refused(tiny, tmp_path):
             Search(multipliers)
     with pytest.raises(ConfigError, match="steps = 0: a search needs"):
         Search(steps=0)
+    with pytest.raises(ConfigError, match="second = 0: must be a number above 0"):
+        Search(second=0)
     with pytest.raises(ConfigError, match="label = 'a/b': must be letters"):
         Shootout.create(tmp_path / "s", {"a/b": tiny()})
     with pytest.raises(ConfigError, match="n_experts = 4: must be 0 in the dense model"):
