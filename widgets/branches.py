@@ -9,6 +9,8 @@ import ipywidgets as ipw
 
 from widgets.notes import Log
 
+NONE = ("checkpoints", -1)  # no choice; a value of None would show nothing at all
+
 
 class BranchRow:
     """Undo, Rewind, the branch picker and Save. Nothing is overwritten: going back opens a new branch.
@@ -24,7 +26,7 @@ class BranchRow:
                                  lambda: run.undo(wait=False))
         self.step = ipw.BoundedIntText(max=10**9, tooltip="Step to rewind to; a click on a line sets it",
                                        layout=ipw.Layout(width="84px"))
-        self.saved = ipw.Dropdown(options=[("checkpoints", None)], tooltip="Checkpoint to rewind to",
+        self.saved = ipw.Dropdown(options=[NONE], tooltip="Checkpoint to rewind to",
                                   layout=ipw.Layout(width="150px"))
         self.rewind = self._button("Rewind to step", "Back to this step exactly, on a new branch",
                                    lambda: run.rewind(self.step.value, wait=False))
@@ -55,12 +57,12 @@ class BranchRow:
                     self.branch.value = run.branch
             finally:
                 self._refreshing = None
-        saved = [("checkpoints", None)] + [
+        saved = [NONE] + [
             (f"step {c.step:,}" + (f" · {c.name}" if c.name else ""), c.step) for c in reversed(self._reachable())]
         if list(self.saved.options) != saved:
             with self.saved.hold_sync():
                 self.saved.options = saved
-                self.saved.index = 0
+                self.saved.value = NONE[1]
 
     def offer_undo(self, wanted: bool) -> None:
         """Put Undo forward, or back in line."""
@@ -80,8 +82,8 @@ class BranchRow:
         upto = dict(run.store.lineage(current))
         return [c for c in run.store.checkpoints() if c.step <= upto.get(c.branch, -1)]
 
-    def _choose(self, step: int | None) -> None:
-        if step is not None:
+    def _choose(self, step: int) -> None:
+        if step != NONE[1]:
             self.aim(step)
 
     def _switch(self, name: str | None) -> None:

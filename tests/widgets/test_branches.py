@@ -56,6 +56,7 @@ def test_saved_checkpoints_of_this_line_are_offered(row):
     run.step(2)
     row.refresh()
     assert ("step 5 · step 5", 5) in list(row.saved.options)
+    assert (row.saved.label, row.step.value) == ("checkpoints", 0)
     row.saved.value = 5
     assert row.step.value == 5
 
