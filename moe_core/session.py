@@ -30,7 +30,10 @@ def _close_all() -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A wish: ``kind`` ("knob", "note" or "checkpoint"), what it says, and when it was asked (seconds since 1970)."""
+    """A wish: ``kind`` ("knob", "note", "checkpoint" or "finding"), what it says, and when it was asked.
+
+    ``asked``: seconds since 1970.
+    """
 
     kind: str
     payload: dict
