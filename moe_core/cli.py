@@ -87,6 +87,8 @@ def _said(error: Exception) -> str:
 
 def _run(words: list[str]) -> int:
     parser = _parser()
+    if words and words[0] == "bench":  # whose flags are made where they are read
+        return verbs.bench(words[1:])
     free = {"train": verbs.train, "shootout": verbs.shootout}
     if words and words[0] in free and not {"-h", "--help"} & set(words):
         return free[words[0]](words[1:])  # their flags are the config's fields
@@ -185,4 +187,5 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--shift", type=int, default=0, metavar="N", help="add N to every step of the log")
     add("shootout", None, "train the same model with several optimizers and compare them", SHOOTOUT,
         "moe shootout [DIR] COMMAND LINE [--seeds N] [--tune]")
+    add("bench", None, "time whole training steps beside the peers that are installed")
     return parser

@@ -65,6 +65,14 @@ def _own_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(words)
 
 
+def bench(words: list[str]) -> None:
+    from moe_core.bench import command
+
+    parser = Parser("moe bench", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    command.main(parser.parse_args(words))
+
+
 # ---- steering --------------------------------------------------------------------------------------------
 
 
