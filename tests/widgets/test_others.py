@@ -3,7 +3,7 @@ import pytest
 
 from widgets import charts
 from widgets.feed import Feed
-from widgets.figures import panel_figure
+from widgets.figures import run_figure
 from widgets.live import Live
 from widgets.others import MOST, POINTS, joined, other_branches
 
@@ -39,7 +39,7 @@ def test_both_lines_of_an_ab_are_on_the_charts(tiny_run):
     run = tiny_run()
     run.step(3)
     both = run.ab({"lr_scale": 0.1}, {"lr_scale": 1.0}, steps=4)
-    fig = panel_figure(run.metrics(per_layer=True), run.experts(), run.events(), others=of(run), top_k=1)
+    fig = run_figure(run)
     shown = {trace.uid: trace for trace in fig.data}
     grey, own = shown["others-train-loss"], shown["train-loss"]
     assert grey.x[:-1].tolist() == [3, 4, 5, 6, 7]
