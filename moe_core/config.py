@@ -184,7 +184,7 @@ class DataConfig(_Checked):
     shuffle_buffer: int = _field(8192, ge=1)  # windows that a stream is shuffled among
     eval_take: int = _field(512, ge=1)  # validation documents taken from a stream
     num_workers: int = _field(0, ge=0)  # processes that tokenise a stream beside training; 0: in a thread
-    prefetch_factor: int = _field(2, ge=1)  # made ready ahead, a worker: chunks of a stream's text, or batches for a GPU
+    prefetch_factor: int = _field(2, ge=1)  # ready ahead, a worker: chunks of a stream's text, or batches for a GPU
 
     def _check(self):
         for name in ("dataset_name", "text_key", "split"):

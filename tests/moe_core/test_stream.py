@@ -2,9 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,6 +243,31 @@ def test_closed_or_forgotten_stream_leaves_no_thread(stream, rows, pretrained):
     while ours() - before and time.time() < deadline:
         time.sleep(0.01)
     assert not ours() - before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interpreter_ends_quietly_beside_a_stream_that_nobody_closed(corpus, tokenizer_folder, tmp_path, workers):
+    """While the next buffer is being filled: status 0, not a word, and no process left behind."""
+    script = f"""
+        import datasets
+        from moe_core.data.hub import Documents
+        from moe_core.data.pretrained import load_pretrained
+        from moe_core.data.stream import Stream
+        def opened():
+            return datasets.load_dataset("text", data_dir={str(corpus)!r}, split="train", streaming=True,
+                                         cache_dir={str(tmp_path)!r})
+        stream = Stream(Documents(opened, "x", "text"), load_pretrained({tokenizer_folder!r}), block_size=64,
+                        batch_size=2, shuffle_buffer=200, seed=0, num_workers={workers}, say=lambda line: None)
+        stream.next()
+        print(*(process._running.pid for process in stream._tokenisers._processes if process._running))
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120,
+                          cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout.split()) == bool(workers)
+    for pid in done.stdout.split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
 def test_end_of_the_stream_is_said_once(stream):
