@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_core import frames, health
+from moe_core import health
 from moe_core.config import ConfigError, RunConfig
 from moe_core.effects import COLUMNS, between, effects
 from moe_core.health import Finding
@@ -44,7 +44,6 @@ class Record:
     metrics: pd.DataFrame
     shares_n2LE: np.ndarray
     events: list[dict[str, Any]]
-    event_frame: pd.DataFrame
     made: dict[str, Any]
     parent: dict[str, Any] | None  # of a fork: path, branch, step
     findings: list[Finding]
@@ -71,7 +70,7 @@ class Record:
         rows = store.read_steps(at)
         metrics = pd.DataFrame(rows.values, columns=rows.names, index=pd.Index(rows.steps, name="step"))
         last = int(rows.steps[-1]) if len(rows.steps) else 0
-        events = store.read_events(at)
+        events = _whole(store.read_events(at))
         config = _config(store.config)
         knobs = {} if config is None else _knobs(config, events, last)
         path = Path(store.path)
@@ -79,8 +78,8 @@ class Record:
             name=path.resolve().name, path=path, raw_config=store.config, config=config,
             branch=next(b.name for b in branches if b.id == at), branches=branches,
             last_steps={b.name: store.last_step(b.id) for b in branches}, metrics=metrics,
-            shares_n2LE=rows.shares, events=events, event_frame=frames.events(store, at),
-            made=store.get_meta(META) or {}, parent=store.get_meta("parent"),
+            shares_n2LE=rows.shares, events=events, made=store.get_meta(META) or {},
+            parent=store.get_meta("parent"),
             findings=_findings(store, at, last, knobs, config, metrics), knobs=knobs,
             effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
             partings=tuple(_partings(store, at, branches)) if told else ())
@@ -105,7 +104,7 @@ class Record:
 
     @property
     def marks(self) -> Marks:
-        return Marks.of(self.event_frame)
+        return Marks.of(pd.DataFrame([{**event["payload"], **event} for event in self.events]))
 
     def shares(self) -> Shares | None:
         """The mean over layers; None without experts."""
@@ -125,6 +124,15 @@ class Record:
         """(step, lowest val/loss)."""
         steps, values = self.series("val/loss")
         return (int(steps[values.argmin()]), float(values.min())) if len(steps) else None
+
+
+def _whole(said):
+    """The same, without half characters: JSON can hold what no file of text can."""
+    if isinstance(said, str):
+        return said.encode(errors="replace").decode()
+    if isinstance(said, dict):
+        return {key: _whole(value) for key, value in said.items()}
+    return [_whole(one) for one in said] if isinstance(said, list) else said
 
 
 def _config(raw: dict) -> RunConfig | None:

@@ -88,7 +88,7 @@ def _put(path: Path, content: str | bytes) -> None:
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode(errors="replace") if isinstance(content, str) else content)
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except BaseException:

@@ -18,6 +18,9 @@ _CODE = re.compile(r"`([^`]+)`|((?:train|val|router|grad|perf|lr|update|optim)/[
                    rf"\b(?:{'|'.join(KNOBS)})\b)")
 
 
+_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")  # all that ends a line somewhere
+
+
 @dataclass(frozen=True)
 class Heading:
     text: str
@@ -132,8 +135,8 @@ class Document:
 
 def code(name: object) -> str:
     """A name that a person chose, for a sentence: on one line, and no backtick of its own ends it."""
-    said = " ".join(str(name).replace("`", "'").split())
-    return f"`{said}`" if said else "``"
+    said = _BREAKS.sub(" ", str(name).replace("`", "'"))
+    return f"`{said}`" if said.strip() else "``"
 
 
 def pieces(text: str) -> list[tuple[str, bool]]:

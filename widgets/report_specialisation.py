@@ -47,10 +47,10 @@ def _sentence(inspection: Inspection, information: pd.DataFrame) -> str:
             continue
         best = known.loc[known["normalised"].idxmax()]
         clear = int((known["nats"] > 2 * known["spread"]).sum())
-        nats = number(best["nats"], 3)
-        said.append(f"Of a token's {about} its expert says most in layer {best['layer']:.0f}: {nats} nats more than "
-                    f"chance gives, {best['normalised']:.1%} of what can be known; in {clear} of {len(table)} layers "
-                    "it is above two spreads of chance.")
+        what, nats, most = about.removeprefix("token "), number(best["nats"], 3), f"{best['normalised']:.1%}"
+        said.append(f"Of a token's {what} its expert says most in layer {best['layer']:.0f}: {nats} nats more than "
+                    f"chance gives, {most} of what can be known; in {clear} of {len(table)} layers it is above two "
+                    "spreads of chance.")
     return " ".join(said)
 
 

@@ -19,7 +19,7 @@ h2{font-size:21px;margin:52px 0 14px;letter-spacing:-.01em}
 h3{font-size:15.5px;margin:26px 0 6px}
 p,ul{max-width:80ch;margin:8px 0}ul{padding-left:20px}
 code,pre{font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-code{background:var(--code);border-radius:4px;padding:.1em .35em;overflow-wrap:anywhere}
+code{background:var(--code);border-radius:4px;padding:.1em .35em;overflow-wrap:anywhere;white-space:pre-wrap}
 pre{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 16px;white-space:pre-wrap;
 overflow-wrap:anywhere;margin:12px 0}
 pre code{background:none;padding:0}
@@ -35,7 +35,7 @@ table{border-collapse:collapse;font-size:13.5px;line-height:1.45;min-width:min(1
 th{font-weight:600;text-align:left;color:var(--soft);font-size:12.5px;vertical-align:bottom}
 th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--line)}
 td{vertical-align:middle;max-width:56ch;overflow-wrap:anywhere}
-td code,th code{white-space:nowrap}td code.long{white-space:normal}
+td code,th code{white-space:pre}td code.long{white-space:pre-wrap}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .state{color:var(--own);font-weight:600;white-space:nowrap}
 .state::before{content:"";display:inline-block;width:8px;height:8px;border-radius:50%;background:var(--own);
@@ -66,7 +66,7 @@ main{max-width:none;padding:0}nav{display:none}
 h2{margin-top:26px}h2,h3,h4{break-after:avoid}
 figure,tr,.tile,pre{break-inside:avoid}.scroll{overflow:visible}
 .pictures{gap:10px 12px}table{font-size:8.5pt}th,td{padding:3px 9px 3px 0}
-code,pre{font-size:8.5pt}td code,th code{white-space:normal;background:none;padding:0}
+code,pre{font-size:8.5pt}td code,th code{white-space:pre-wrap;background:none;padding:0}
 .moe-spark{width:110px;height:auto}.tiles{grid-template-columns:repeat(5,1fr);gap:8px}.tile{padding:8px 10px}
 .tile b{font-size:16pt}
 .modebar-container{display:none}}

@@ -58,6 +58,7 @@ def watched(page, path):
 def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_path):
     """In a real Chromium: no dialog, no error, no request; every chart drawn; the words there, as they were typed."""
     run = told_run("a 'quoted' <b> run")
+    run.note("half \ud83d a character")  # JSON can hold it, a file of text cannot
     out = run.report(tmp_path / "it's.html", title=NAME, gates=["val/loss < 100 by 20", "router/frac_srv_e* < 2"])
     with chromium_page() as page:
         heard = watched(page, out)
@@ -71,7 +72,7 @@ def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_
         assert page.locator(".entry img, .entry script, .entry b").count() == 0
     assert heard == []
     assert charts == 7 and set(widths) == {660}
-    for words in (HOSTILE.split("\n")[0], "<b>fenced</b>", "</script><script>alert(2)</script>", "😀 the end",
+    for words in (HOSTILE.split("\n")[0], "<b>fenced</b>", "</script><script>alert(2)</script>", "😀 the end", "half ? a character",
                   "run </script><script>alert('name')</script> \"''|*_ 😀", "a 'quoted' <b> run",
                   "Router temperature: held at 0.5", "val/loss < 100 by 20"):
         assert words in text, words
