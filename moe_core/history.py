@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_core import checkpoint
+from moe_core import checkpoint, origin
 from moe_core.config import ModelConfig
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
@@ -216,7 +216,7 @@ class History:
     def copy_line(self, line: int, path: str | os.PathLike, config: dict, trainer: Trainer, parent: dict) -> None:
         """A new run in ``path``: this line's rows and events up to the trainer's step, and its state."""
         step = trainer.steps_done
-        with RunStore.create(path, config) as child:
+        with RunStore.create(path, config, **origin.inherited(self.store)) as child:
             child.set_meta("parent", parent | {"branch": line, "step": step})
             rows = self.store.read_steps(line)
             for i in range(int(np.searchsorted(rows.steps, step, side="right"))):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_core import commands, store_access
+from moe_core import commands, origin, store_access
 from moe_core.attach import Attached
 from moe_core.run import Run
 from moe_core.store import MAIN, RunStore, StoreError
@@ -89,7 +89,7 @@ def describe(path: Path) -> Iterator[str]:
         yield (f"{path}: step {step}{'' if trained is None else f' of {trained.config.optim.max_iters}'} on branch "
                f"{current.name!r}, {state(store)}")
         if parent := store.get_meta("parent"):
-            yield f"forked from {parent['path']} at step {parent['step']}"
+            yield f"{origin.words(parent)} {parent['path']}{origin.at_step(parent)}"
         if trained is not None:
             yield f"command: {commands.spell(trained.config)}"
         rows = _tail(store, current.id)
@@ -102,8 +102,8 @@ def describe(path: Path) -> Iterator[str]:
         yield "branches:"
         names = {b.id: b.name for b in branches}
         for b in branches:
-            origin = "" if b.parent is None else f", from {names[b.parent]!r} at step {b.fork_step}"
-            yield f"  {b.name}: step {store.last_step(b.id)}{origin}{' (current)' if b.id == current.id else ''}"
+            from_where = "" if b.parent is None else f", from {names[b.parent]!r} at step {b.fork_step}"
+            yield f"  {b.name}: step {store.last_step(b.id)}{from_where}{' (current)' if b.id == current.id else ''}"
         if saved := store.checkpoints():
             yield "checkpoints:"
             for c in saved:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core import checkpoint
+from moe_core import checkpoint, origin
 from moe_core.config import RunConfig
 from moe_core.data import open_data
 from moe_core.data.pretrained import load_pretrained
@@ -185,12 +186,13 @@ class Weights:
     step: int
     model: dict[str, Tensor]
     knobs: dict[str, float]
+    optimizer: dict | None = None  # its state, where it was asked for and the step has one
 
 
-def weights_of(run, step: int | str | None) -> Weights:
+def weights_of(run, step: int | str | None, optimizer: bool = False) -> Weights:
     """Of a run or a :class:`Saved`; ``step`` as of :func:`inspect`. Raises ValueError, CheckpointError."""
     if step is None:
-        return _present(run)
+        return _present(run, optimizer)
     if isinstance(step, str):
         found = [c for c in run.store.checkpoints() if c.name == step]
         if not found:
@@ -203,7 +205,7 @@ def weights_of(run, step: int | str | None) -> Weights:
     if states:
         return _loaded(run, states[0])
     if step == 0:
-        return _initial(run.config)
+        return _initial(run)
     if step == run.current_step and (present := _present(run)).step == step:
         return present
     raise ValueError(f"step = {step}: no state of this step is kept; there are {', '.join(map(str, _kept(run)))}, "
@@ -215,7 +217,7 @@ def _kept(run) -> list[int]:
     return sorted({s.step for s in run.history.states(run._branch.id, run.current_step)})
 
 
-def _present(run) -> Weights:
+def _present(run, optimizer: bool = False) -> Weights:
     """The weights now: a copy taken between two steps, or the newest saved state where none is in memory yet."""
     answer: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -224,7 +226,7 @@ def _present(run) -> Weights:
         if answer.set_running_or_notify_cancel():
             try:
                 # Weights of an update that was cut short are of no step: the newest saved state is shown instead.
-                answer.set_result(_copied(trainer) if trainer is not None and trainer.whole else None)
+                answer.set_result(_copied(trainer, optimizer) if trainer is not None and trainer.whole else None)
             except Exception as error:
                 answer.set_exception(error)
 
@@ -243,13 +245,14 @@ def _present(run) -> Weights:
             failed = error
     if failed is not None:
         raise failed
-    return _initial(run.config)
+    return _initial(run)
 
 
-def _copied(trainer: Trainer) -> Weights:
+def _copied(trainer: Trainer, optimizer: bool) -> Weights:
     """On the trainer's own device: to bring all of a large model to the host would make training wait."""
     state = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-    return Weights(trainer.steps_done, state, _values(trainer.knobs, trainer.steps_done))
+    kept = copy.deepcopy(trainer.optimizer.state_dict()) if optimizer else None
+    return Weights(trainer.steps_done, state, _values(trainer.knobs, trainer.steps_done), kept)
 
 
 def _loaded(run, state) -> Weights:
@@ -259,10 +262,13 @@ def _loaded(run, state) -> Weights:
         values = checkpoint.load(run.store.path / state.path)
     knobs = Knobs(run.config)
     knobs.load_state_dict(values["knobs"])
-    return Weights(values["steps_done"], values["model"], _values(knobs, values["steps_done"]))
+    return Weights(values["steps_done"], values["model"], _values(knobs, values["steps_done"]), values["optimizer"])
 
 
-def _initial(config: RunConfig) -> Weights:
+def _initial(run) -> Weights:
+    config, start = run.config, origin.read(run.store)
+    if start is not None:
+        return Weights(0, start["model"], _values(Knobs(config), 0), start["optimizer"])
     model = Transformer(config.model, config.router, experts_impl=config.experts_impl, seed=config.seed)
     return Weights(0, model.state_dict(), _values(Knobs(config), 0))
 

@@ -12,10 +12,9 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_core import provenance
+from moe_core import finetune, origin, provenance
 from moe_core.attach import Attached
 from moe_core.config import RunConfig
-from moe_core.data import settled
 from moe_core.face import Face
 from moe_core.history import History
 from moe_core.knobs import Knobs
@@ -43,6 +42,11 @@ def _own(store: RunStore) -> RunStore:
         return store
     store.close()
     raise StoreError(f"{store.path}: is an imported log, read-only, with nothing to train; read it with RunStore.open")
+
+
+def _known(source):
+    """The open run that a path is of, whose weights are newer than its files; else ``source`` itself."""
+    return _open_runs.get(Path(source).resolve(), source) if isinstance(source, str | os.PathLike) else source
 
 
 class Run(Timeline, Face):
@@ -73,15 +77,30 @@ class Run(Timeline, Face):
         _open_runs[self.path.resolve()] = self
 
     @classmethod
-    def create(cls, path: str | os.PathLike, config: RunConfig, say: Callable[[str], None] = print) -> Run:
+    def create(cls, path: str | os.PathLike, config: RunConfig, say: Callable[[str], None] = print, *,
+               init_from=None, keep_optimizer: bool = False, upcycle_from=None,
+               upcycle_noise: float = finetune.NOISE, init_from_hf: str | os.PathLike | None = None) -> Run:
         """Start a new run in ``path``, which must not exist; ``say`` hears what preparing the data takes.
 
-        Raises ConfigError, DataError or StoreError, each before anything is written to ``path``.
+        Its weights are fresh, or those of one other place, under schedules and a step counter that begin anew, and it
+        remembers its parent (``store.get_meta("parent")``). The tokenizer comes with them where the config names none.
+
+        ``init_from``: a run (as it is now), its directory, or the file of a checkpoint; with ``keep_optimizer`` what
+        its optimizer has gathered too. ``upcycle_from``: the same of a dense model, whose MLP becomes every expert,
+        each weight with noise of ``upcycle_noise`` times the root mean square of its matrix, from the config's seed
+        (:mod:`moe_core.finetune` says what that computes). ``init_from_hf``: a folder of ``transformers``.
+
+        Raises ConfigError (a mismatch names its field), DataError, CheckpointError or StoreError, each before
+        anything is written to ``path``.
         """
         RunStore.refuse_existing(path)
-        config = settled(config, say)
+        config, begins = finetune.prepare(config, say, init_from=_known(init_from), keep_optimizer=keep_optimizer,
+                                          upcycle_from=_known(upcycle_from), upcycle_noise=upcycle_noise,
+                                          init_from_hf=init_from_hf)
         trainer = build_trainer(config, Knobs(config, resolve_device(config)), say)
-        store = RunStore.create(path, config.to_dict())
+        if begins is not None:
+            begins.begin(trainer)
+        store = RunStore.create(path, config.to_dict(), **(begins.creation() if begins is not None else {}))
         run = cls(store, config, trainer)
         store.set_meta(provenance.META, provenance.gather(trainer.device))
         return run
@@ -95,6 +114,7 @@ class Run(Timeline, Face):
         if (known := _open_runs.get(Path(path).resolve())) is not None:
             return known
         store = _own(RunStore.open(path, write=True))
+        origin.restore_tokenizer(store)
         return cls(store, RunConfig.from_dict(store.config))
 
     @classmethod

@@ -18,7 +18,7 @@ import sqlite3
 import struct
 import threading
 import time as clock
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -91,12 +91,13 @@ class RunStore:
         access.refuse_existing(Path(path))
 
     @classmethod
-    def create(cls, path: str | os.PathLike, config: Mapping[str, Any]) -> RunStore:
+    def create(cls, path: str | os.PathLike, config: Mapping[str, Any], meta: Mapping[str, Any] | None = None,
+               fill: Callable[[Path], None] | None = None) -> RunStore:
         """Make a run in the directory ``path``, which must not exist, and open it for writing.
 
-        ``config``: JSON values.
+        ``config`` and ``meta``: JSON values; ``fill(folder)`` writes what else is in the directory from the first.
         """
-        access.make(Path(path), config)
+        access.make(Path(path), config, meta, fill)
         return cls.open(path, write=True)
 
     @classmethod

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,15 @@ def refuse_existing(path: Path) -> None:
             raise StoreError(f"{path}: cannot be made, no write access to {above}")
 
 
-def make(path: Path, config: Mapping[str, Any]) -> None:
-    """A run's directory with an empty store; ``config`` is JSON values. Raises StoreError."""
+def make(path: Path, config: Mapping[str, Any], meta: Mapping[str, Any] | None = None,
+         fill: Callable[[Path], None] | None = None) -> None:
+    """A run's directory with an empty store; ``config`` and ``meta`` are JSON values, ``fill`` writes what else
+    belongs in the directory. It is there whole or not at all. Raises StoreError.
+    """
     refuse_existing(path)
     try:
-        meta = [("config", json.dumps(config, allow_nan=False)), ("created", json.dumps(time.time()))]
+        meta = [(key, json.dumps(value, allow_nan=False))
+                for key, value in {"config": config, "created": time.time(), **(meta or {})}.items()]
     except (TypeError, ValueError) as error:
         raise StoreError(f"{path}: the config is not JSON: {error}") from error
     # Made beside its place and moved there whole, so that a crash leaves no half of a run.
@@ -65,6 +69,8 @@ def make(path: Path, config: Mapping[str, Any]) -> None:
                     raise StoreError(f"{path}: SQLite has no WAL mode on this file system; use a local disk")
                 create_schema(db, time.time())
                 db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+            if fill is not None:
+                fill(draft)
             draft.rename(path)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
+from moe_core import origin
 from moe_core.ab import AB
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
@@ -150,12 +151,14 @@ class Timeline:
         return AB(self, start, steps, dict(a), dict(b), *names)
 
     def replay(self, upto: int | None = None):
-        """Take the current line's steps again, in a fresh model, from the config, the seed and the events alone.
+        """Take the current line's steps again, in a fresh model, from the config, the seed and the events alone (and
+        the weights that it was made of, where it was).
 
         DataFrame, index metric: ``largest`` absolute difference from the rows, and the ``step`` of it. On a CPU
         every one is 0; the run itself stays as it is.
         """
-        fresh = build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print)
+        fresh = origin.begun(build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print),
+                             self.store)
         try:
             return self.history.replay(self._branch.id, self._step if upto is None else upto, fresh)
         finally:
@@ -217,4 +220,4 @@ class Timeline:
             self.store.log_event(self._branch.id, self._step, "checkpoint", {"name": name, "path": saved.path})
 
     def _build(self) -> Trainer:
-        return build_trainer(self.config, self._knobs, print)
+        return origin.begun(build_trainer(self.config, self._knobs, print), self.store)

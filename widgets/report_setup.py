@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from moe_core import commands
+from moe_core import commands, origin
 from moe_core.config import RunConfig
 from moe_core.presets import preset
 from widgets.record import Record
@@ -19,7 +19,7 @@ def setup(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Setup")]
     rows = [("run", code(record.name)), ("branch", code(record.branch))]
     if record.parent:
-        rows.append(("forked from", f"{code(record.parent.get('path'))}, step {record.parent.get('step')}"))
+        rows.append((origin.words(record.parent), code(record.parent.get("path")) + origin.at_step(record.parent)))
     config = record.config
     if config is None:
         rows += [(str(key), code(value)) for key, value in _imported(record).items()]

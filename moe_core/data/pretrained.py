@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moe_core.config import ModelConfig, RunConfig
+from moe_core.data.cache import cache_root, unwritable
 from moe_core.data.corpus import DataError
 
 PADDED_TO = 128  # rows of an embedding: a matrix product of a whole number of tiles is quicker on a GPU
@@ -56,6 +59,42 @@ def of_backend(name: str, backend, end_of_text: int) -> Pretrained:
     vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     digest = hashlib.blake2b(f"{end_of_text} {backend.to_str()}".encode(), digest_size=10).hexdigest()
     return Pretrained(name, backend, vocab_size, end_of_text, digest)
+
+
+def save_folder(tokenizer: Pretrained, folder: Path, **fields) -> None:
+    """Write it as AutoTokenizer loads it, with ``fields`` of its configuration changed."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with _quiet_transformers():
+        if Path(tokenizer.name).is_file():  # one that was trained here
+            saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend,
+                                            eos_token=tokenizer.backend.id_to_token(tokenizer.end_of_text), **fields)
+        else:
+            saved = AutoTokenizer.from_pretrained(tokenizer.name, trust_remote_code=False, **fields)
+        saved.save_pretrained(folder)
+
+
+def adopted(tokenizer: Pretrained) -> Path:
+    """A folder of the cache that has it, named by its content. Raises DataError."""
+    folder = cache_root() / "tokenizers" / tokenizer.digest
+    try:
+        return kept_folder(folder, lambda draft: save_folder(tokenizer, draft))
+    except OSError as error:
+        raise unwritable(error) from error
+
+
+def kept_folder(folder: Path, write: Callable[[Path], object]) -> Path:
+    """``folder``, made by ``write(draft)`` whole or not at all where it is not there yet. Raises OSError."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as partial:
+            write(draft := Path(partial, folder.name))
+            try:
+                draft.rename(folder)
+            except OSError:
+                if not folder.exists():  # not another process that was first
+                    raise
+    return folder
 
 
 def settled_vocabulary(config: RunConfig, say: Callable[[str], None]) -> RunConfig:

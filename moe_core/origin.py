@@ -1,0 +1,100 @@
+"""What a run begins with where that is not fresh weights: kept in its own directory, so that it can go back to it.
+
+``start.safetensors`` is the state before the first step, in a checkpoint's form: the weights, and an optimizer's state
+where one was kept. ``tokenizer/`` is the tokenizer that came with them. A fork carries both on.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_core import checkpoint
+from moe_core.data.pretrained import kept_folder
+from moe_core.store import RunStore
+from moe_core.trainer import Trainer
+
+STATE, TOKENIZER = f"start{checkpoint.SUFFIX}", "tokenizer"
+PARENT = "parent"  # the store's meta key: path, step, branch where they are known; how it became a run
+WORDS = {"init_from": "weights from", "upcycle_from": "upcycled from", "init_from_hf": "weights from"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is to begin with."""
+
+    model: dict[str, Tensor]
+    optimizer: dict | None
+    parent: dict[str, Any]  # JSON values
+    tokenizer: Path | None  # a folder
+
+    def creation(self) -> dict[str, Any]:
+        """What ``RunStore.create`` needs to put it into the new run's directory."""
+        def fill(folder: Path) -> None:
+            checkpoint.save(folder / STATE, {"model": self.model, "optimizer": self.optimizer}, self.parent)
+            if self.tokenizer is not None:
+                shutil.copytree(self.tokenizer, folder / TOKENIZER)
+        return {"meta": {PARENT: self.parent}, "fill": fill}
+
+    def begin(self, trainer: Trainer) -> Trainer:
+        """``trainer`` at its first step, with these weights."""
+        return _begun(trainer, {"model": self.model, "optimizer": self.optimizer})
+
+
+def read(store: RunStore, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The state that a run began with: model, optimizer (None: fresh); None where it began with fresh weights.
+
+    Raises CheckpointError where it is damaged or gone.
+    """
+    if not (store.path / STATE).exists() and "how" not in (store.get_meta(PARENT) or {}):
+        return None
+    return checkpoint.load(store.path / STATE, device)
+
+
+def begun(trainer: Trainer, store: RunStore) -> Trainer:
+    """A trainer at its first step, with what the run of ``store`` began with. Raises CheckpointError."""
+    state = read(store, trainer.device)
+    return trainer if state is None else _begun(trainer, state)
+
+
+def inherited(store: RunStore) -> dict[str, Callable[[Path], None]]:
+    """What ``RunStore.create`` needs for a run that goes on from this one's line."""
+    def fill(folder: Path) -> None:
+        for name, copied in ((STATE, shutil.copy2), (TOKENIZER, shutil.copytree)):
+            if (store.path / name).exists():
+                copied(store.path / name, folder / name)
+    return {"fill": fill}
+
+
+def restore_tokenizer(store: RunStore) -> None:
+    """Put the run's own copy of its tokenizer back where its config looks for it, if it is gone from there."""
+    name, own = store.config.get("data", {}).get("tokenizer"), store.path / TOKENIZER
+    if name is not None and own.is_dir() and not Path(name).exists():
+        kept_folder(Path(name), lambda folder: shutil.copytree(own, folder))
+
+
+def words(parent: Mapping[str, Any]) -> str:
+    """How a run came of its parent, before the parent's path."""
+    return WORDS.get(parent.get("how"), "forked from")
+
+
+def at_step(parent: Mapping[str, Any]) -> str:
+    """Which step of the parent, behind its path."""
+    return "" if parent.get("step") is None else f" at step {parent['step']}"
+
+
+def _begun(trainer: Trainer, state: dict[str, Any]) -> Trainer:
+    trainer.model.load_state_dict(state["model"])
+    if state["optimizer"] is not None:
+        # What it has gathered, under the rates and settings of this run.
+        groups = trainer.optimizer.state_dict()["param_groups"]
+        trainer.optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]),
+                                           "param_groups": groups})
+    return trainer
