@@ -72,7 +72,8 @@ def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_
         assert page.locator(".entry img, .entry script, .entry b").count() == 0
     assert heard == []
     assert charts == 7 and set(widths) == {660}
-    for words in (HOSTILE.split("\n")[0], "<b>fenced</b>", "</script><script>alert(2)</script>", "😀 the end", "half ? a character",
+    for words in (HOSTILE.split("\n")[0], "<b>fenced</b>", "</script><script>alert(2)</script>", "😀 the end",
+                  "half ? a character",
                   "run </script><script>alert('name')</script> \"''|*_ 😀", "a 'quoted' <b> run",
                   "Router temperature: held at 0.5", "val/loss < 100 by 20"):
         assert words in text, words
