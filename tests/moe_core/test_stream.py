@@ -182,7 +182,7 @@ def test_connection_that_stays_gone_is_one_error_and_the_run_goes_on_from_there(
 
 def test_run_on_a_stream_pauses_when_it_is_gone_and_resumes_bit_exact(
         tiny, rows, tokenizer_folder, tmp_path, monkeypatch):
-    """An outage, the run closed and opened again: the same losses and weights as of one that had none of it."""
+    """An outage, the run closed and opened again: the losses and weights are as without it, also when taken again."""
     drops = [0] * 30 + [1] * 8
     config = tiny(dataset_name="some/data", tokenizer=tokenizer_folder, vocab_size=4096, shuffle_buffer=40,
                   block_size=S, val_fraction=VAL, eval_take=9, eval_interval=4)
@@ -200,6 +200,10 @@ def test_run_on_a_stream_pauses_when_it_is_gone_and_resumes_bit_exact(
                 run = Run.open(tmp_path / name)
         trained.append((run._trainer.state_dict()["model"], run.metrics()["train/ce"].tolist()))
         assert (run.events().kind == "error").any() == (name == "shaky")
+        run.undo()
+        run.rewind(17)  # takes steps again, and would say where one did not repeat
+        run.step(1)
+        assert not (run.events().kind == "alert").any()
         run.close()
     assert trained[0][1] == trained[1][1]
     assert all(torch.equal(trained[0][0][name], trained[1][0][name]) for name in trained[0][0])
