@@ -30,7 +30,7 @@ def note_html(text: str) -> str:
 
 def note_markdown(text: str) -> str:
     """The note as a quotation in Markdown; as HTML on one line where another reader could make more of it."""
-    quoted = "\n".join(f"> {line}" for line in text.splitlines())
+    quoted = "\n".join(f"> {line}".rstrip() for line in text.splitlines())
     if not any(_could_act(token) for token in _FREE.parse(quoted)):
         return quoted
     # A line of HTML ends only at a blank line: in code a newline is an entity, elsewhere it is a space anyway.

@@ -204,7 +204,7 @@ def _recommendations(record: Record) -> list[Block]:
     for finding in asking:
         undo = dict.fromkeys(lever.undo for lever in finding.levers)
         turns = tuple(f"{' or '.join(f'`{lever.text}`' for lever in finding.levers if lever.undo == when)}; "
-                      f"watch {finding.metric}; undo {when}" for when in undo)
+                      f"watch {finding.metric}; undo: {when}" for when in undo)
         parts.append(Entry(span(finding), finding.level, f"{finding.level.capitalize()}: {finding.text}",
                            (Bullets(turns),)))
     return parts

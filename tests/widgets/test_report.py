@@ -259,7 +259,7 @@ def test_a_run_without_a_step_and_a_dense_one_are_written_up_too(tiny_run, tmp_p
 @pytest.mark.parametrize("text, html, markdown", [
     ("plain *words*", "<p>plain <em>words</em></p>", "> plain *words*"),
     ("[a](https://a.org)", '<p><a href="https://a.org">a</a></p>', "> [a](https://a.org)"),
-    ("a\n\nb", "<p>a</p>\n<p>b</p>", "> a\n> \n> b"),
+    ("a\n\nb", "<p>a</p>\n<p>b</p>", "> a\n>\n> b"),
     ("<b>x</b>", "<p>&lt;b&gt;x&lt;/b&gt;</p>", "<blockquote><p>&lt;b&gt;x&lt;/b&gt;</p></blockquote>"),
     ("[a](javascript:x)", "<p>[a](javascript:x)</p>", "<blockquote><p>[a](javascript:x)</p></blockquote>"),
     ("![a](https://a.org)", '<p>!<a href="https://a.org">a</a></p>',
