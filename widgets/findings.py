@@ -23,7 +23,7 @@ from widgets.marks import KNOB_TITLES
 from widgets.notes import Log
 from widgets.spark import spark
 
-EVERY = 3.0  # seconds between two readings while it trains
+EVERY, PROMPTLY = 3.0, 1.0  # seconds between two readings while it trains; where an alarm is to pause it
 SHARE = 0.01  # of the time may go into readings
 LASTS = 25  # steps that a finding must be away before it counts as gone
 
@@ -83,7 +83,7 @@ class Findings:
         if rows is not None:
             self._follow(found, step)
             self._show(found, rows, step)
-        self._next = now + max(EVERY, (time.monotonic() - now) / SHARE)
+        self._next = now + max(PROMPTLY if self.pause.value else EVERY, (time.monotonic() - now) / SHARE)
 
     def _read(self, rows: pd.DataFrame) -> list[Finding]:
         config, knobs = self._run.config, {name: knob.value for name, knob in self._run.knobs.items()}
