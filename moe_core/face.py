@@ -165,6 +165,17 @@ class Face:
         """What :meth:`generate` gives of one prompt, as it is being written: after the prompt and each token."""
         return generation.stream(self._probed, prompt, max_new_tokens, step, **how)
 
+    def export_hf(self, folder: str | os.PathLike, step: int | str | None = None) -> Path:
+        """Write the model to ``folder``, which must not exist, as plain ``transformers`` loads it, with its tokenizer
+        and a card made from the run; returns the folder. ``step`` as of :meth:`inspect`.
+
+        The form is Mixtral, Qwen3-MoE or Qwen3-Next, by what the config needs. Raises ConfigError with the field that
+        no form holds, and ExportError where it cannot be written.
+        """
+        from moe_core import hf
+
+        return hf.export(self._probed, folder, step)
+
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""
         return frames.branches(self.store, self._branch.id)

@@ -38,7 +38,7 @@ def load_pretrained(name: str) -> Pretrained:
     def refused(what: str) -> DataError:
         return DataError(f"tokenizer = {name!r}: {what}")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # they have no common class, and many lines
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -65,7 +65,7 @@ def save_folder(tokenizer: Pretrained, folder: Path, **fields) -> None:
     """Write it as AutoTokenizer loads it, with ``fields`` of its configuration changed."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    with _quiet_transformers():
+    with quiet_transformers():
         if Path(tokenizer.name).is_file():  # one that was trained here
             saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend,
                                             eos_token=tokenizer.backend.id_to_token(tokenizer.end_of_text), **fields)
@@ -122,7 +122,7 @@ def settled_vocabulary(config: RunConfig, say: Callable[[str], None]) -> RunConf
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice beside our own lines; the user's settings are put back afterwards."""
     from transformers.utils import logging
 

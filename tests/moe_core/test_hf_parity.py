@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from moe_core.config import RunConfig
+from moe_core.hf_forms import MIXTRAL, QWEN3_MOE, QWEN3_NEXT, fields_of, form_of, from_hf, to_hf
 from moe_core.model import Transformer
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -30,46 +31,23 @@ def randomise(hf, seed):
     return hf.float().eval()
 
 
-def weights_for_ours(hf, norm_offset=0.0, gated=False):
-    """Our state dict from Hugging Face's; ``norm_offset`` 1 for norms that multiply by 1 + w."""
-    theirs, ours = hf.state_dict(), {"embed.weight": hf.model.embed_tokens.weight,
-                                     "norm.weight": hf.model.norm.weight + norm_offset}
-    for layer in range(SHAPE["num_hidden_layers"]):
-        def their(name, layer=layer):
-            return theirs[f"model.layers.{layer}.{name}"]
-
-        def put(name, tensor, layer=layer):
-            ours[f"blocks.{layer}.{name}"] = tensor
-
-        put("attn_norm.weight", their("input_layernorm.weight") + norm_offset)
-        put("mlp_norm.weight", their("post_attention_layernorm.weight") + norm_offset)
-        q = their("self_attn.q_proj.weight")
-        if gated:  # [H * 2C, D]: each head's C query rows, then its C gate rows
-            q, gate = (t.flatten(0, 1) for t in q.unflatten(0, (-1, 2, SHAPE["head_dim"])).unbind(1))
-            put("attn.gate_proj.weight", gate)
-            for norm in ("q_norm", "k_norm"):
-                put(f"attn.{norm}.weight", their(f"self_attn.{norm}.weight") + norm_offset)
-        put("attn.q_proj.weight", q)
-        for name in ("k_proj", "v_proj", "o_proj"):
-            put(f"attn.{name}.weight", their(f"self_attn.{name}.weight"))
-        router = their("mlp.gate.weight")
-        put("mlp.router.weight", router)
-        put("mlp.router.bias", torch.zeros(len(router)))
-        gate, up = their("mlp.experts.gate_up_proj").chunk(2, dim=1)  # [E, 2F, D]
-        put("mlp.experts.w_gate", gate.mT)
-        put("mlp.experts.w_up", up.mT)
-        put("mlp.experts.w_down", their("mlp.experts.down_proj").mT)
-    return ours
-
-
-def assert_same_logits(hf, config, state, seed, impl):
+def assert_same_logits(hf, config, form, seed, impl):
+    """Ours from theirs, to 1e-5; and theirs from ours again, which computes the same to the bit."""
+    config = config.replace(router_bias=False)
+    assert form_of(config) == form
+    ours = from_hf(hf.state_dict(), config.model, form)
     model = Transformer(config.model, config.router, experts_impl=impl).eval()
-    model.load_state_dict(state)
+    model.load_state_dict(ours)
     tokens = torch.randint(97, (2, 50), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         expected, actual = hf(tokens).logits, model(tokens).logits_BSV
     assert expected.std() > 0.5
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert fields_of(hf.config).items() <= {**config.to_dict()["model"], **config.to_dict()["router"]}.items()
+    shared = {name: value for name, value in hf.state_dict().items() if "shared_expert" in name}
+    hf.load_state_dict(to_hf(ours, config.model, form, temp=1.0) | shared)
+    with torch.no_grad():
+        assert torch.equal(hf(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
@@ -79,7 +57,19 @@ def test_logits_equal_mixtral(seed, impl):
     hf = randomise(transformers.MixtralForCausalLM(transformers.MixtralConfig(
         **SHAPE, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0})), seed)
-    assert_same_logits(hf, OURS.replace(top_k=2, norm_topk_prob=True), weights_for_ours(hf), seed, impl)
+    assert_same_logits(hf, OURS.replace(top_k=2, norm_topk_prob=True), MIXTRAL, seed, impl)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logits_equal_qwen3_moe(seed, norm):
+    """Top-2, with plain and with normalised weights, per-head QK-norm, one dense block first."""
+    hf = randomise(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        **SHAPE, moe_intermediate_size=24, intermediate_size=40, num_experts=4, num_experts_per_tok=2,
+        norm_topk_prob=norm, mlp_only_layers=[0],
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0})), seed)
+    config = OURS.replace(top_k=2, norm_topk_prob=norm, qk_norm=True, skip_first_n_moe=1, mlp_width=40)
+    assert_same_logits(hf, config, QWEN3_MOE, seed, "grouped")
 
 
 @pytest.mark.parametrize("impl", ["loop", "grouped"])
@@ -94,4 +84,4 @@ def test_logits_equal_qwen3_next_with_full_attention(seed, impl):
         for layer in hf.model.layers:
             layer.mlp.shared_expert.down_proj.weight.zero_()
     config = OURS.replace(top_k=1, qk_norm=True, attn_gate="sigmoid_head")
-    assert_same_logits(hf, config, weights_for_ours(hf, norm_offset=1.0, gated=True), seed, impl)
+    assert_same_logits(hf, config, QWEN3_NEXT, seed, impl)

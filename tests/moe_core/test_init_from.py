@@ -223,7 +223,7 @@ def test_upcycled_without_noise_computes_what_the_dense_model_did(tiny_run, tiny
 
 
 def test_upcycled_top1_computes_the_dense_branch_on_average(tiny_run, tiny, create):
-    """The experts' branch is scaled by p over its mean: within a tenth of the dense one's size, which p alone halves."""
+    """Scaled by p over its mean: within a tenth of the dense branch, of which p alone leaves less than half."""
     dense = lively(tiny_run("dense", n_experts=0, mlp_width=48))
     moe = create("moe", tiny(top_k=1), upcycle_from=dense, upcycle_noise=0.0)
     own, theirs = moe._trainer.model.blocks[0], dense._trainer.model.blocks[0]
