@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moe_core.knobs import KNOBS
-from moe_core.noise import holm, regress
+from moe_core.noise import PHI, holm, regress
 from moe_core.store import RunStore
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 WINDOW = 50  # steps before a turn, and from it on
 ENOUGH = 20  # values that a window must hold
 DEGREE = 3  # of the trend
+LONGEST = 0.95  # phi between two branches: a longer memory and a difference of the two look alike over such windows
 COLUMNS = ["step", "knob", "from", "to", "metric", "before", "after", "difference", "low", "high", "stands_out",
            "n_effective", "said"]
 # What is set rather than brought about, and what repeats another metric.
@@ -92,11 +93,7 @@ def between(store: RunStore, a: int, b: int, start: int, last: int) -> pd.DataFr
              if name in of_b and not name.startswith("perf/")}
     moved = {name: y - x for name, (x, y) in pairs.items() if not np.array_equal(x, y, equal_nan=True)}
 
-    def design(kept_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        time_n = kept_n - kept_n.mean()
-        return np.stack([np.ones(len(time_n)), time_n / max(np.abs(time_n).max(), 1)], 1), np.array([1.0, 0.0])
-
-    rows, tests = [], _tests(moved, steps, design, lambda seen: int(seen.sum()) >= ENOUGH)
+    rows, tests = [], _tests(moved, steps, design_of_pair, lambda seen: int(seen.sum()) >= ENOUGH, LONGEST)
     for name, difference in moved.items():
         x, y = pairs[name]
         row = {"metric": name, "a": _mean(x), "b": _mean(y), "difference": _mean(difference)}
@@ -110,6 +107,12 @@ def design_of_turn(steps_n: np.ndarray, turn: int, shape_n: np.ndarray) -> tuple
     time_n = (steps_n - turn + 0.5) / max(1, steps_n[-1] - steps_n[0])
     return (np.stack([*(time_n**power for power in range(DEGREE + 1)), shape_n], 1),
             np.eye(DEGREE + 2)[-1] * shape_n.max())
+
+
+def design_of_pair(steps_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(design [n, 2], contrast [2]) of the mean of a difference that drifts along a straight line."""
+    time_n = steps_n - steps_n.mean()
+    return np.stack([np.ones(len(time_n)), time_n / max(np.abs(time_n).max(), 1)], 1), np.array([1.0, 0.0])
 
 
 def _test(columns: Mapping[str, np.ndarray], steps: np.ndarray, turn: int, shape_n: np.ndarray) -> list[dict]:
@@ -132,8 +135,8 @@ def _test(columns: Mapping[str, np.ndarray], steps: np.ndarray, turn: int, shape
     return rows
 
 
-def _tests(columns: Mapping[str, np.ndarray], steps: np.ndarray, design: Callable, enough: Callable
-           ) -> dict[str, dict]:
+def _tests(columns: Mapping[str, np.ndarray], steps: np.ndarray, design: Callable, enough: Callable,
+           longest: float = PHI[-1]) -> dict[str, dict]:
     """The regression of every metric that has enough values, one family under Holm's method."""
     groups: dict[bytes, list[str]] = {}  # metrics that are there on the same steps are fitted together
     said, twins, first = {}, {}, {}
@@ -151,7 +154,7 @@ def _tests(columns: Mapping[str, np.ndarray], steps: np.ndarray, design: Callabl
     for mask, names in groups.items():
         seen = np.frombuffer(mask, bool)
         values_nM = np.stack([columns[name][seen] for name in names], 1)
-        estimates.append((names, regress(steps[seen], values_nM, *design(steps[seen]))))
+        estimates.append((names, regress(steps[seen], values_nM, *design(steps[seen]), longest)))
     if estimates:
         stands_out, held_to = holm(np.concatenate([estimate.p_M for _, estimate in estimates]))
         done = 0

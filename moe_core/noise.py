@@ -57,14 +57,19 @@ class Estimate:
         return ends[0], ends[1]
 
 
-def regress(steps_n: np.ndarray, values_nM: np.ndarray, design_nC: np.ndarray, contrast_C: np.ndarray) -> Estimate:
-    """Estimate ``contrast_C @ coefficients`` of every series at once; needs n > C + 2 and no NaN."""
+def regress(steps_n: np.ndarray, values_nM: np.ndarray, design_nC: np.ndarray, contrast_C: np.ndarray,
+            longest: float = PHI[-1]) -> Estimate:
+    """Estimate ``contrast_C @ coefficients`` of every series at once; needs n > C + 2 and no NaN.
+
+    ``longest``: the largest phi that is tried.
+    """
     n, n_columns = design_nC.shape
     df = n - n_columns - 2  # two more for phi and w
     apart_nn = np.abs(np.subtract.outer(steps_n, steps_n)).astype(float)
     floor_M = n * (RESOLUTION * np.abs(values_nM).max(0)) ** 2 + 1e-300
     found, error, likely, worth = [], [], [], []
-    for phi, fast in [(0.0, 0.0), *((phi, fast) for phi in PHI for fast in FAST)]:
+    memories = [phi for phi in PHI if phi < longest] + [longest]
+    for phi, fast in [(0.0, 0.0), *((phi, fast) for phi in memories for fast in FAST)]:
         cover_nn = (1 - fast) * phi ** apart_nn if phi else np.zeros((n, n))
         np.fill_diagonal(cover_nn, 1.0)
         root_nn = np.linalg.cholesky(cover_nn)

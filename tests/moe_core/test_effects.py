@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moe_core.effects import design_of_turn, effects, effects_of_ab
+from moe_core.effects import LONGEST, design_of_pair, design_of_turn, effects, effects_of_ab
 from moe_core.noise import LEVEL, regress, two_sided
 from moe_core.store import MAIN, RunStore
 
@@ -61,6 +61,17 @@ def test_a_strong_change_always_stands_out_with_its_size(tmp_path):
     assert len(table) == 40 and table["stands_out"].all()
     assert ((table["low"] < 12) & (table["high"] > 12)).mean() > 0.9
     assert table["difference"].mean() == pytest.approx(12, abs=1)
+
+
+def test_two_branches_that_differ_by_noise_alone_are_not_told_apart_and_a_strong_difference_is():
+    """50 paired differences, 2000 series: at most 5 in 100 are found; 10 standard deviations are, in any noise."""
+    rng, steps, found = np.random.default_rng(), np.arange(1, 51), []
+    for phi in (0.0, 0.5, 0.8, 0.9):
+        values = noise(rng, 50, 500, phi)
+        found.append(regress(steps, values, *design_of_pair(steps), LONGEST).p_M < LEVEL)
+        strong = regress(steps, values[:, :100] + 10, *design_of_pair(steps), LONGEST)
+        assert (strong.p_M < LEVEL / 30).mean() > 0.98, phi
+    assert np.mean(found) <= 0.05
 
 
 def test_memory_leaves_fewer_independent_values():
