@@ -127,7 +127,7 @@ def test_an_alarm_pauses_the_run_when_it_appears_and_only_if_that_is_asked_for(p
     run, findings, log = panel()
     for wanted in (False, True):
         rules()
-        run.step(LASTS)
+        run.step(LASTS + 1)
         findings.look(run.current_step, busy=False)
         findings.pause.value = wanted
         rules(high_loss("alarm", 0.1))
