@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of all that is tested together, at most this part is found by chance. In simulations the part was 0.4 to 1.3 times
-# this, the most where 20 values of middling memory are on either side: 5 in 100 is kept.
-LEVEL = 0.04
+# Of all that is tested together, at most this part is found by chance. In simulations it was 0.4 to 1.3 times this, the
+# most with 20 values of middling memory on either side of a turn: 5 in 100 is kept.
+LEVEL = 0.0375
 PHI = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98)
 FAST = (0.0, 0.3, 0.6, 0.8)  # w
 RESOLUTION = 1e-6  # metrics are kept as float32: what is smaller than this part of a value is no noise
