@@ -52,7 +52,7 @@ def shootout_figure(lines: Lines, over: Sequence[str] = tuple(OVER), smooth: int
     ``limit``: most points of a line. Raises ValueError for another ``over``.
     """
     traces, layout = shootout_parts(lines, over, smooth, width, limit)
-    return go.Figure(traces, layout | {"template": "none"})
+    return go.Figure(traces, layout | {"width": width, "template": "none"})
 
 
 def shootout_parts(lines: Lines, over: Sequence[str] = tuple(OVER), smooth: int | None = None, width: int = WIDTH,
@@ -92,11 +92,11 @@ def _chart(lines: Lines, value: str, over: str, smooth: int | None, limit: int, 
         traces.append(alike | {"uid": uid, "x": x, "y": y, "name": label, "line": {"color": color, "width": 2},
                                "mode": "lines+markers" if value == "val/loss" and len(x) <= 40 else "lines",
                                "marker": {"size": 4}, "showlegend": key})
-        if len(mean) > 9:
+        if len(mean) > 5:
             means.append(mean[:, 1])
-            start.append(mean[len(mean) // 10, 1])
+            start.append(mean[len(mean) // 6, 1])
     y_axis: dict = {"title": "nats per token"}
-    if start:  # the first tenth falls so far that it would press all that follows flat
+    if start:  # the first sixth falls so far that it would press all that follows flat
         low, high = float(np.nanmin(np.concatenate(means))), float(np.nanmax(start))
         if high > low:
             y_axis["range"] = [low - 0.05 * (high - low), high]
