@@ -91,6 +91,18 @@ def section_html(inspection: Inspection, layer: int = 0, tokens: int = TOKENS, t
     return "".join([*parts, "</div></div>"])
 
 
+def written_html(inspection: Inspection, layer: int, n_prompt: int) -> str:
+    """A text on its way, each token in the colour of its first expert in one layer, as inert HTML; the first
+    ``n_prompt`` tokens, which were given, are faint. Short, to be sent again and again.
+    """
+    palette = ";".join(f"--e{e}:{color}" for e, color in enumerate(expert_colors(inspection.n_experts)))
+    picks = inspection.experts[layer, :, 0].tolist()
+    spans = [f'<span style="--c:var(--e{e}){";opacity:.6" * (at < n_prompt)}">{_piece(inspection, at)}</span>'
+             for at, e in enumerate(picks)]
+    return (f'<div class="moe-spec" style="{palette}"><style>{STYLE}</style><div class="text" tabindex="0" '
+            f'role="region" aria-label="Text being written">{"".join(spans)}</div></div>')
+
+
 def _radio(uid: str, group: str, value: int | str, checked: bool, words: str, title: str, style: str = "") -> str:
     name = f"{uid}-{group}{value}"
     data = f' data-layer="{value}"' if group == "i" else ""
