@@ -8,8 +8,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from moe_core.effects import effects
 from moe_core.shootout import Shootout
-from moe_core.store import RunStore
+from moe_core.store import MAIN, RunStore
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -58,3 +59,22 @@ def test_the_shootout_notebook_trains_tables_and_draws(tmp_path):
     pages = " ".join(d.get("text/html", "") for d in data)
     for row in made.summary().to_dict("records"):
         assert f"{row['val/loss']:.3f}" in pages and row["peaks"] in pages
+
+
+def test_the_experiment_notebook_ends_in_a_report(tmp_path):
+    """One turn, whose effect on the entropy is found; three branches, 300 steps, and a report that says all of it."""
+    notebook = executed("04_experiment_report.ipynb", tmp_path)
+    folder = tmp_path / "runs" / "experiment-1"
+    with RunStore.open(folder) as store:
+        assert [branch.name for branch in store.branches()] == ["main", "A-210", "B-210"]
+        assert store.last_step(2) == 300
+        found = effects(store, MAIN).set_index("metric")
+    assert set(found["step"]) == {121} and found.loc["router/entropy_mean", "stands_out"]
+    assert found.loc["router/entropy_mean", "high"] < 0 < found.loc["router/top1_p_mean", "low"]
+    report = (folder / "report.html").read_text()
+    for words in ("Experiment 1 in small", "Router temperature: ramps to 0.7 over 20 steps", "before sharpening",
+                  "val/loss &lt; 5.0 by 300", "Snapshot at 120."):
+        assert words in report, words
+    checklist = next(cell for cell in notebook.cells if "gates.check" in cell.source).outputs[0].text
+    assert checklist.splitlines()[0].startswith("passed       val/loss < 5.0 by 300")
+    assert "not reached  val/loss < 3.0 by 2000" in checklist
