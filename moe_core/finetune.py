@@ -74,6 +74,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
         model, parent = upcycled(config, source, upcycle_noise, say), {"how": "upcycle_from", "noise": upcycle_noise}
     else:
         check(config, source, keep_optimizer)
+        for field, (now, was) in computes_otherwise(source.config, config).items():
+            say(f"{field} = {now!r}: it was {was!r} in {source.name}; the same weights compute something else")
         model, parent = fitted(config, source, say), {"how": "init_from", "optimizer": keep_optimizer}
     return config, Origin(model, source.optimizer if keep_optimizer else None, source.parent | parent, folder)
 
@@ -150,6 +152,14 @@ def comparable(model: ModelConfig) -> dict:
     if model.use_rope:
         fields["block_size"] = None
     return fields
+
+
+def computes_otherwise(there: RunConfig, here: RunConfig) -> dict[str, tuple]:
+    """Fields that change what the same weights compute, each with (here, there)."""
+    now, was = ({**c.to_dict()["model"], **c.to_dict()["router"]} for c in (here, there))
+    names = ["norm_eps", *["qk_norm_eps"] * here.model.qk_norm, *["rope_theta"] * here.model.use_rope,
+             *["top_k", "norm_topk_prob"] * bool(here.model.n_experts)]
+    return {name: (now[name], was[name]) for name in names if now[name] != was[name]}
 
 
 def fitted(config: RunConfig, source: Source, say: Callable[[str], None]) -> dict[str, Tensor]:

@@ -32,8 +32,6 @@ from moe_core.probe import Weights, weights_of
 
 OWN = "moe_workbench.safetensors"
 SHARD = "5GB"  # a file's size at most, as far as single tensors allow
-# What a model computes, beside its shape.
-DEFINES = ("top_k", "norm_topk_prob", "rope_theta", "norm_eps", "qk_norm_eps")
 
 
 # ---- there ---------------------------------------------------------------------------------------------------
@@ -114,14 +112,12 @@ def begin_with(config: RunConfig, folder: str | os.PathLike, say: Callable[[str]
     """For ``Run.create(..., init_from_hf=folder)``. Raises ConfigError, DataError."""
     folder = Path(folder)
     theirs = RunConfig().replace(**fields(folder))
-    name, model = str(folder), config.model
-    there, here = finetune.comparable(theirs.model), finetune.comparable(model)
+    name = str(folder)
+    there, here = finetune.comparable(theirs.model), finetune.comparable(config.model)
     there["router_bias"] = here["router_bias"]
     finetune.refuse_other(there, here, name, None, config)
-    flat, wanted = ({**c.to_dict()["model"], **c.to_dict()["router"]} for c in (config, theirs))
-    for field in DEFINES:
-        if flat[field] != wanted[field] and not (field == "qk_norm_eps" and not model.qk_norm):
-            raise ConfigError(f"{field} = {flat[field]!r}: must be {wanted[field]!r}, as in {name}")
+    for field, (now, wanted) in finetune.computes_otherwise(theirs, config).items():
+        raise ConfigError(f"{field} = {now!r}: must be {wanted!r}, as in {name}")
     try:
         tokenizer = load_pretrained(str(folder.resolve())) if (folder / "tokenizer.json").exists() else None
     except DataError as error:

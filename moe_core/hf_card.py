@@ -12,7 +12,7 @@ from moe_core.model import count_params
 from moe_core.probe import Weights
 from moe_core.twins import active_params
 
-NAMES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE", "qwen3_next": "Qwen3-Next, with full attention everywhere"}
+NAMES = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3-MoE", "qwen3_next": "Qwen3-Next (full attention everywhere)"}
 MODEL = ("n_layer", "d_model", "n_head", "block_size", "vocab_size", "n_experts", "top_k", "norm_topk_prob",
          "skip_first_n_moe", "rope_theta")
 TRAINING = ("optimizer", "learning_rate", "batch_size", "gradient_accumulation_steps", "balance", "load_balance_alpha",
@@ -35,7 +35,7 @@ def card(run, weights: Weights, form: str, has_tokenizer: bool) -> str:
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n---",
         f"# {_code(run.store.path.name)}",
-        f"A mixture-of-experts language model in the {NAMES[form]} form: {count_params(config.model):,} parameters, "
+        f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(config.model):,} parameters, "
         f"{active_params(config):,} of them in the matrices that a token meets.",
         _use(has_tokenizer),
         "## Training",

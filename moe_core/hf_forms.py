@@ -79,7 +79,8 @@ def hf_config(config: RunConfig, form: str, end_of_text: int | None):
         vocab_size=m.vocab_size, hidden_size=m.d_model, num_hidden_layers=m.n_layer, num_attention_heads=m.n_head,
         num_key_value_heads=m.kv_heads, head_dim=m.head_dim, max_position_embeddings=m.block_size,
         rms_norm_eps=m.norm_eps, tie_word_embeddings=True, num_experts_per_tok=r.top_k, hidden_act="silu",
-        bos_token_id=None, eos_token_id=end_of_text, pad_token_id=end_of_text, dtype="float32",
+        # No padding here: an embedding's padding row would have no gradient where the model is trained on.
+        bos_token_id=None, eos_token_id=end_of_text, pad_token_id=None, dtype="float32",
         router_aux_loss_coef=r.load_balance_alpha if r.uses_aux_loss else 0.0)
     rope = {"rope_type": "default", "rope_theta": m.rope_theta}
     if form == MIXTRAL:

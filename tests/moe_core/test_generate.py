@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_core import Run
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.generate import Decoder, generate, sample, stream
 from moe_core.presets import preset
@@ -201,6 +202,10 @@ def test_any_state_of_a_run_can_write(tiny_run):
     assert [text.step for text in texts.values()] == [0, 2, 22]
     ids, n_prompt = texts[None].token_ids.tolist(), texts[None].n_prompt
     assert ids == whole_forward(run._trainer.model, ids[:n_prompt], 10, run.knobs["router_temp"].value)
+    run.close()
+    attached = Run.attach(run.path)  # as another process sees it: the newest saved state
+    assert attached.generate("def ", 10, temperature=0).token_ids.tolist() == ids
+    attached.close()
 
 
 def test_a_run_without_a_tokenizer_goes_on_with_ids(tiny_run, tmp_path):

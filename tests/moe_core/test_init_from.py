@@ -175,6 +175,15 @@ def test_other_refusals(tiny_run, tiny, create, tokenizer_folder):
             create("child", tiny(**changes), **{"init_from": parent, **how})
 
 
+def test_what_the_same_weights_compute_otherwise_is_said(tiny_run, tiny):
+    """Fields that no shape depends on may change, and none does so unheard."""
+    parent, said = tiny_run("parent"), []
+    Run.create(parent.path.parent / "child", tiny(top_k=2, rope_theta=500.0, block_size=16), said.append,
+               init_from=parent).close()
+    heard = [line.split(":")[0] for line in said if "compute something else" in line]
+    assert heard == ["rope_theta = 500.0", "top_k = 2"]
+
+
 def test_a_router_may_lose_its_bias_and_gain_one(tiny_run, tiny, create):
     """What is left out is said; what is new is zero and changes no logit."""
     parent = tiny_run("parent")
