@@ -89,11 +89,13 @@ def _floats(blobs: Sequence[bytes], at: np.ndarray) -> np.ndarray:
 
 
 def to_json(value: Any) -> str:
-    """JSON for every reader: NaN and infinities, which it lacks, become text that float() takes back."""
+    """JSON for every reader: NaN and infinities, which it lacks, become text that float() takes back, and half a
+    character, which no text file can hold, a question mark."""
     try:
-        return json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False)
+        text = json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+    return text.encode(errors="replace").decode()
 
 
 def _finite(value: Any) -> Any:

@@ -82,17 +82,18 @@ def test_a_row_and_an_event_are_committed_when_the_call_returns(store):
 
 
 def test_events_keep_what_was_asked_and_when_it_was_applied(store):
-    """Payload, asked and applied come back; non-finite numbers come as text; order is by step, then age."""
+    """Payload, asked and applied come back; what JSON or UTF-8 lack comes as text; order is by step, then age."""
     before = time.time()
     ids = [store.log_event(1, step, kind, payload, asked) for step, kind, payload, asked in (
         (5, "knob", {"name": "router_temp", "value": 1.25, "nested": [None, {"ok": True}]}, 12.5),
-        (2, "note", {"text": "an ünusual 'note'\n"}, None),
+        (2, "note", {"text": "an ünusual 'note'\n", "half": "\ud83d"}, None),
         (5, "nonfinite", {"loss": float("nan"), "all": (math.inf, 1.0)}, None))]
     events = store.read_events(1)
     assert [event["id"] for event in events] == [ids[1], ids[0], ids[2]]
     assert [event["kind"] for event in events] == ["note", "knob", "nonfinite"]
     assert [event["asked"] for event in events] == [None, 12.5, None]
     assert all(before <= event["applied"] <= time.time() and event["branch"] == "main" for event in events)
+    assert events[0]["payload"] == {"text": "an ünusual 'note'\n", "half": "?"}
     assert events[1]["payload"] == {"name": "router_temp", "value": 1.25, "nested": [None, {"ok": True}]}
     assert events[2]["payload"] == {"loss": "nan", "all": ["inf", 1.0]}
     assert [event["id"] for event in store.read_events(1, after=ids[1])] == [ids[2]]
