@@ -10,7 +10,8 @@ branch would come out multiplied by the sum of the picked probabilities, with K 
 than 1/E before the router has learned: there each expert's output is divided by the mean of that sum, so that the
 branch is the dense one's on average, though not for each token. The mean is taken over 4,096 random directions, through
 the router as drawn, at the temperature of the first step and without noise; as the router sharpens it grows, and
-training follows.
+training follows. A dense model of three layers of 96, with a validation loss of 3.948 after 250 steps, begins so with
+8 experts at 3.954 for K = 1 and at 3.950 for K = 2; undivided it would at 4.596 and at 4.161.
 
 Shapes: D model width, E experts, K picks of a token, T tokens.
 """

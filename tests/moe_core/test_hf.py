@@ -131,6 +131,18 @@ def test_a_fresh_process_with_plain_transformers_writes_the_same_text(trained, t
     assert done.stdout.decode() == run.generate(prompt, 12, temperature=0).text
 
 
+def test_a_tokenizer_given_by_name_travels_along(tiny_run, tiny, create, tokenizer_folder, tmp_path):
+    """Into the folder, and into the run that begins with it on data of its own: the same ids for the same text."""
+    run = tiny_run(tokenizer=tokenizer_folder, vocab_size=768, router_bias=False)
+    folder, text = run.export_hf(tmp_path / "out"), "import os\n\n\nclass Thé(object): pass"
+    ids = AutoTokenizer.from_pretrained(tokenizer_folder)(text, add_special_tokens=False).input_ids
+    assert AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids == ids
+    back = create("back", tiny(vocab_size=768, router_bias=False), init_from_hf=folder)
+    assert back.generate(text, 1).token_ids[:-1].tolist() == ids
+    child = create("child", tiny(vocab_size=768, router_bias=False, val_fraction=0.1), init_from=run)
+    assert child.generate(text, 1).token_ids[:-1].tolist() == ids
+
+
 def test_weights_that_changed_after_the_export_are_taken_as_they_are(trained, create, tmp_path):
     """What was kept for exactness is not believed any more, and this is said."""
     run = trained("qwen3_moe")
