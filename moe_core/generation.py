@@ -67,22 +67,21 @@ class Generation:
 
 def generate(run, prompt, max_new_tokens: int | None = None, step: int | str | None = None, **how):
     """See ``Run.generate``, which is this; ``run`` may also be a :class:`~moe_core.probe.Saved`."""
-    many = not isinstance(prompt, str) and not _is_ids(prompt)
-    texts: list[Generation] = []
-    for texts in _stream(run, list(prompt) if many else [prompt], max_new_tokens, step, **how):  # noqa: B007
-        pass  # the last one is whole
+    many = isinstance(prompt, Sequence) and not isinstance(prompt, str) and not _is_ids(prompt)
+    *_, writers = _stream(run, list(prompt) if many else [prompt], max_new_tokens, step, **how)
+    texts = [writer.written() for writer in writers]
     return texts if many else texts[0]
 
 
 def stream(run, prompt, max_new_tokens: int | None = None, step: int | str | None = None,
            **how) -> Iterator[Generation]:
     """See ``Run.stream``, which is this."""
-    for [text] in _stream(run, [prompt], max_new_tokens, step, **how):
-        yield text
+    for [writer] in _stream(run, [prompt], max_new_tokens, step, **how):
+        yield writer.written()
 
 
 def _stream(run, prompts: list, max_new_tokens: int | None, step: int | str | None, *, temperature: float = 1.0,
-            top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[list[Generation]]:
+            top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[list[_Writer]]:
     config, tokenizer = run.config, _tokenizer(run)
     ids = [_encoded(prompt, tokenizer) for prompt in prompts]
     weights = weights_of(run, step)
@@ -95,7 +94,7 @@ def _stream(run, prompts: list, max_new_tokens: int | None, step: int | str | No
     for fed in feeding:
         for row, writer in enumerate(writers):
             writer.parts.append((fed.token_ids[row], fed.experts[row], fed.weights[row]))
-        yield [writer.written() for writer in writers]
+        yield writers
 
 
 class _Writer:
@@ -146,7 +145,7 @@ def _encoded(prompt, tokenizer: Pretrained | None) -> list[int]:
     if _is_ids(prompt):
         return [int(token) for token in prompt]
     if not isinstance(prompt, str):
-        raise ValueError(f"prompt = {str(prompt)[:60]!r}: must be a text, token ids, or a list of those")
+        raise ValueError(f"prompt = {repr(prompt)[:60]}: must be a text, token ids, or a list of those")
     if tokenizer is None:
         raise ValueError("prompt: this run has no tokenizer, its data are token ids; give those, or name a tokenizer "
                          "in the config")

@@ -38,7 +38,10 @@ class Origin:
     def creation(self) -> dict[str, Any]:
         """What ``RunStore.create`` needs to put it into the new run's directory."""
         def fill(folder: Path) -> None:
-            checkpoint.save(folder / STATE, {"model": self.model, "optimizer": self.optimizer}, self.parent)
+            try:
+                checkpoint.save(folder / STATE, {"model": self.model, "optimizer": self.optimizer}, self.parent)
+            except checkpoint.CheckpointError as error:
+                raise OSError(str(error.__cause__)) from error  # the store names the run
             if self.tokenizer is not None:
                 shutil.copytree(self.tokenizer, folder / TOKENIZER)
         return {"meta": {PARENT: self.parent}, "fill": fill}

@@ -215,5 +215,7 @@ def test_a_run_without_a_tokenizer_goes_on_with_ids(tiny_run, tmp_path):
     text = run.generate([5, 6, 7], 4)
     assert text.token_ids[:3].tolist() == [5, 6, 7] and len(text.token_ids) == 7 and text.experts.shape == (0, 7, 1)
     assert text.text.startswith("[5][6][7][")
-    with pytest.raises(ValueError, match="no tokenizer"):
-        run.generate("text", 4)
+    for prompt, said in (("text", "no tokenizer"), (7, "prompt = 7: must be a text"), ([], "at least one token"),
+                         ([300, 512], "must be 0 to 511"), ([3, "a"], r"prompt = 3: must be a text")):
+        with pytest.raises(ValueError, match=said):
+            run.generate(prompt, 4)
