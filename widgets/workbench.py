@@ -14,11 +14,12 @@ from widgets.branches import BranchRow
 from widgets.controls import KnobControl
 from widgets.findings import Findings
 from widgets.groups import Groups
+from widgets.inside import Inside
 from widgets.live import Live
 from widgets.notes import Log, NoteBox
 from widgets.page import Page
 from widgets.what_if import WhatIf
-from widgets.write_up import WriteUp
+from widgets.write_up import write_up
 
 COUNT_EVERY, MOVE_EVERY = 1.0, 2.0  # seconds between two looks at the step and the time left; at the knobs
 
@@ -64,15 +65,16 @@ class Workbench(ipw.VBox):
         self.what_if = WhatIf(run.preview if routed and not run.attached else None)
         self.branches = BranchRow(run, self.journal, self.live.wake)
         self.branches.others.observe(lambda seen: self.live.show_others(seen.new), "value")
-        self.write_up = WriteUp(run, self.journal)
+        self.write_up = write_up(run, self.journal)
         self.branches.widget.children += (self.write_up.button, self.write_up.says)
         self.notes = NoteBox(run, self.journal, posted=self.live.wake)
         self.findings, self.groups = Findings(run, self.journal, self.live.wake), Groups()
         self._shown, self._last_report, self._gone = self.session.progress(), "", False
         self._counted_at = self._moved_at = 0.0
+        self.inside = Inside(run, self.journal) if routed else None
+        sections = [self.groups.widget] + ([self.inside.widget] if routed else [])
         super().__init__([self.page, self._run_row(chunk), self._knob_table(), self.branches.widget,
-                          self.notes.widget, self.findings.widget, self._charts(), self.groups.widget,
-                          self.journal.widget])
+                          self.notes.widget, self.findings.widget, self._charts(), *sections, self.journal.widget])
         self.add_class("moe-workbench")
         self.page.observe(lambda change: self.live.resize(change.new), "width")
         self.page.observe(lambda change: self.live.expect(), "views")

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import html
-import threading
 from pathlib import Path
 
-import ipywidgets as ipw
-
+from widgets.errand import Errand
 from widgets.notes import Log
 
 FILE = "report.html"
 
 
-class WriteUp:
-    """Report: writes ``report.html`` into the run's directory in a thread of its own, and says where it lies."""
+def write_up(run, log: Log) -> Errand:
+    """Report: writes ``report.html`` into the run's directory, and says where it lies."""
+    path = Path(run.path) / FILE
 
-    def __init__(self, run, log: Log):
-        self._run, self._log = run, log
-        self.button = ipw.Button(description="Report", tooltip=f"Write {FILE} into the run's directory")
-        self.says = ipw.HTML()
-        self.says.add_class("moe-write-up")
-        self.button.on_click(lambda _: self.start())
-
-    def start(self) -> threading.Thread:
-        """Begin to write; returns the thread that does."""
-        self.button.disabled = True
-        self.says.value = "writing the report …"
-        worker = threading.Thread(target=self._write, name="moe-report", daemon=True)
-        worker.start()
-        return worker
-
-    def _write(self) -> None:
-        path = Path(self._run.path) / FILE
-        try:
-            self._run.report(path)
-            self.says.value = f"report: <code>{html.escape(str(path))}</code>"
-            self._log.write(f"report written: {path.resolve()}")
-        except Exception as error:  # in a thread of its own nobody else would hear of it
-            self.says.value = '<span class="moe-error" role="alert">no report, see the log</span>'
-            self._log.write(f"report: {type(error).__name__}: {error}", error=True)
-        finally:
-            self.button.disabled = False
+    def work() -> str:
+        run.report(path)
+        log.write(f"report written: {path.resolve()}")
+        return f"report: <code>{html.escape(str(path))}</code>"
+    return Errand("Report", f"Write {FILE} into the run's directory", "writing the report …", work, log)

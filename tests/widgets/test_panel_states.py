@@ -145,5 +145,19 @@ def test_the_report_is_written_beside_the_run_while_the_panel_goes_on(tiny_run, 
     assert not panel.write_up.button.disabled
     monkeypatch.setattr(type(run), "report", lambda self, path: 1 / 0)
     panel.write_up.button.click()
-    assert soon(lambda: "no report" in panel.write_up.says.value)
+    assert soon(lambda: "could not be done" in panel.write_up.says.value)
     assert "ZeroDivisionError" in panel.journal.widget.value
+
+
+def test_a_look_inside_colours_the_validation_text_and_changes_nothing(tiny_run, bench):
+    """Asked for in the panel: tokens of each layer by expert; the run goes on with the numbers of one left alone."""
+    run, calm = tiny_run(), tiny_run("calm")
+    run.step(3)
+    panel = bench(run)
+    panel.inside.errand.start().join(60)
+    assert "after step 3" in panel.inside.errand.says.value and not panel.inside.errand.button.disabled
+    shown = panel.inside._text.value
+    assert "moe-spec" in shown and shown.count("<span") > 100 and "layer 1" in shown
+    run.step(3)
+    calm.step(6)
+    assert run.metrics()["train/ce"].equals(calm.metrics()["train/ce"])
