@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_core import checkpoint, origin
+from moe_core import checkpoint, origin, provenance
 from moe_core.config import ModelConfig
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
@@ -218,6 +218,7 @@ class History:
         step = trainer.steps_done
         with RunStore.create(path, config, **origin.inherited(self.store)) as child:
             child.set_meta("parent", parent | {"branch": line, "step": step})
+            child.set_meta(provenance.META, self.store.get_meta(provenance.META))
             rows = self.store.read_steps(line)
             for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
                 child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),

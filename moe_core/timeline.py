@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
-from moe_core import origin
+from moe_core import origin, provenance
 from moe_core.ab import AB
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
@@ -31,6 +31,7 @@ class Timeline:
 
     def begin_chunk(self) -> None:
         """Make ready to train, and remember where the chunk starts. For the session's thread."""
+        provenance.same_threads(self.store, resolve_device(self.config), print)
         if self._trainer is None:
             self.resume()
         self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
@@ -157,6 +158,7 @@ class Timeline:
         DataFrame, index metric: ``largest`` absolute difference from the rows, and the ``step`` of it. On a CPU
         every one is 0; the run itself stays as it is.
         """
+        provenance.same_threads(self.store, resolve_device(self.config), print)
         fresh = origin.begun(build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print),
                              self.store)
         try:
@@ -182,6 +184,7 @@ class Timeline:
             self.history.snapshot(self._branch.id, self._trainer)
             self._trainer.train.close()
         self._trainer = None  # until it is whole again
+        provenance.same_threads(self.store, resolve_device(self.config), print)
         trainer = self.history.restore(line, step, self._build, print)
         off = self.history.retrace(line, trainer, step)
         if off:

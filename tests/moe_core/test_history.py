@@ -5,6 +5,7 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 
 import moe_core as mc
 from moe_core import checkpoint
@@ -185,6 +186,27 @@ def test_config_seed_and_events_alone_give_the_same_numbers(tiny_run, changes):
     replayed = run.replay()
     assert len(replayed) > 8 and (replayed["largest"] == 0).all()
     assert replayed.loc["val/loss", "step"] == 10
+
+
+AGAIN = """
+    import sys, torch
+    torch.set_num_threads(2 if torch.get_num_threads() == 1 else 1)
+    import moe_core as mc
+    run = mc.Run.open(sys.argv[1])
+    print("largest", run.replay()["largest"].max())
+"""
+
+
+def test_a_process_with_other_threads_repeats_the_numbers(tiny_run):
+    """Sums depend on the number of threads: a run goes on with those it was begun with, and says so."""
+    run = tiny_run(batch_size=8, d_model=64, n_head=2, expert_width=64)
+    run.step(5)
+    run.close()
+    threads = torch.get_num_threads()
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(AGAIN), run.path], env=env, capture_output=True,
+                          text=True, check=True)
+    assert f"was begun with {threads} thread" in done.stdout and "largest 0.0" in done.stdout
 
 
 def test_what_is_kept_is_the_last_the_best_the_newest_by_interval_and_the_named(tiny_run):
