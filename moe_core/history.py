@@ -101,8 +101,9 @@ class History:
         """Mend what a crash in a save left: drafts go, and a checkpoint that is whole but not entered is entered."""
         folder, known = self.store.path / FOLDER, {c.path for c in self.store.checkpoints()}
         last = {b.id: self.store.last_step(b.id) for b in self.store.branches()} if folder.is_dir() else {}
-        for file in sorted(folder.glob(f"*{checkpoint.SUFFIX}*")):
-            if re.fullmatch(rf"\.\d+-\d{{8}}.*{re.escape(checkpoint.SUFFIX)}\.\d+", file.name):
+        draft = rf"\.\d+-\d{{8}}.*{re.escape(checkpoint.SUFFIX)}\.\d+|\.tmp\w{{6}}"  # ours; safetensors' own
+        for file in sorted(folder.glob("*")):
+            if re.fullmatch(draft, file.name):
                 file.unlink(missing_ok=True)
             elif file.suffix == checkpoint.SUFFIX and (path := f"{FOLDER}/{file.name}") not in known:
                 with contextlib.suppress(checkpoint.CheckpointError):  # not ours, or cut short: left as it is

@@ -168,7 +168,8 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
     gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
     if biases is not None:
         # A product, not a lookup, whose gradient would add with atomics.
-        own_ME = order.spread(F.one_hot(routing.experts_TK.flatten()[order.order_N], len(w_gate)).to(dtype))
+        own_N1 = routing.experts_TK.flatten()[order.order_N].unsqueeze(-1)
+        own_ME = order.spread((own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype))
         gate_MF, up_MF = gate_MF + own_ME @ biases.gate, up_MF + own_ME @ biases.up
     rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
     if biases is not None:

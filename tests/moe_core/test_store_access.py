@@ -93,7 +93,7 @@ def test_a_second_writer_is_refused_with_who_writes(store):
             seen = reader.last_step()
             deadline = time.time() + 30
             while reader.last_step() == seen and time.time() < deadline:  # it still writes
-                time.sleep(0.01)
+                writer.stdout.readline()  # a full pipe would stop it
             assert reader.last_step() > seen
     with RunStore.open(store.path, write=True) as first:
         with pytest.raises(StoreError, match=f"by this process, pid {os.getpid()} on"):
