@@ -4,7 +4,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from moe_core.config import DataConfig
-from moe_core.data import load_tokens
+from moe_core.data import Batches, load_tokens, validation_batches
+from moe_core.knobs import Knobs
+from moe_core.trainer import Trainer
 
 V = 700  # not a multiple of 128
 
@@ -28,3 +30,15 @@ def make_tokenizer(corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer_folder(make_tokenizer):
     return make_tokenizer()
+
+
+@pytest.fixture
+def make(tiny):
+    """Makes trainers without a run around them, on the small corpus."""
+    def trainer(**changes):
+        config = tiny(**changes)
+        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
+        block, batch = config.model.block_size, config.optim.batch_size
+        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
+                       validation_batches(tokens.val, block, batch, config.eval_iters))
+    return trainer

@@ -6,25 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_core.data import Batches, load_tokens, validation_batches
-from moe_core.knobs import KnobError, Knobs
+from moe_core.knobs import KnobError
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.balance import follow_load
 from moe_core.model.router import draw_noise, route
-from moe_core.trainer import Trainer
 
 PLAIN = RouterControls.constant(temp=1.3, noise_std=0.4, capacity_factor=1.0)
-
-
-@pytest.fixture
-def make(tiny):
-    def trainer(**changes):
-        config = tiny(**changes)
-        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
-        block, batch = config.model.block_size, config.optim.batch_size
-        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
-                       validation_batches(tokens.val, block, batch, config.eval_iters))
-    return trainer
 
 
 def test_one_move_literally():

@@ -6,20 +6,7 @@ import pytest
 import torch
 
 import moe_core as mc
-from moe_core.data import Batches, load_tokens, validation_batches
-from moe_core.knobs import Knobs
-from moe_core.trainer import MemoryLimitError, NonFiniteError, Trainer
-
-
-@pytest.fixture
-def make(tiny):
-    def trainer(**changes):
-        config = tiny(**changes)
-        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
-        block, batch = config.model.block_size, config.optim.batch_size
-        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
-                       validation_batches(tokens.val, block, batch, config.eval_iters))
-    return trainer
+from moe_core.trainer import MemoryLimitError, NonFiniteError
 
 
 def weights(trainer):

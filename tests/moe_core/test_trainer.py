@@ -5,21 +5,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_core.data import Batches, load_tokens, validation_batches
-from moe_core.knobs import Knobs
-from moe_core.trainer import Trainer
-
-
-@pytest.fixture
-def make(tiny):
-    def trainer(**changes):
-        config = tiny(**changes)
-        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
-        block, batch = config.model.block_size, config.optim.batch_size
-        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
-                       validation_batches(tokens.val, block, batch, config.eval_iters))
-    return trainer
-
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
