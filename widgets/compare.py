@@ -18,6 +18,7 @@ from widgets import charts, figures
 from widgets.charts import Chart, expert_colors
 from widgets.record import Record
 from widgets.report_blocks import Block, Document, Heading, Picture, Pictures, Table, Text, code, number
+from widgets.report_files import ReportError, save
 from widgets.report_words import WINDOW, recent_clipping
 from widgets.series import POINTS, thin
 
@@ -39,8 +40,6 @@ def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title
 
     ``static``: pictures in place of interactive charts, in HTML. Raises ReportError, StoreError.
     """
-    from widgets.report import ReportError, save
-
     if isinstance(runs, str | os.PathLike) or len(runs) < 2:
         raise ReportError(f"runs = {runs!r}: must be two runs or more")
     records = [Record.read(run, told=False) for run in runs]
