@@ -25,6 +25,7 @@ KNOB_TITLES = {
 SYMBOLS = {"knob": "diamond", "note": "circle", "branch": "triangle-up", "checkpoint": "square",
            "finding": "triangle-down"}
 WRONG = "x"
+UNMARKED = ("mirror", "imported")  # housekeeping: the log has it
 WRAP = 56  # characters a line of hover text
 
 
@@ -43,6 +44,8 @@ class Marks:
         for event in events.to_dict("records"):
             if event["kind"] == "finding" and (event["level"], event["state"]) != ("alarm", "here"):
                 continue  # on the charts only the coming of an alarm has a mark; the log has the rest
+            if event["kind"] in UNMARKED:
+                continue
             at.setdefault(int(event["step"]), []).append(event)
         steps = sorted(at)
         return cls(

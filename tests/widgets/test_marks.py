@@ -27,7 +27,8 @@ def test_each_step_has_one_mark_that_says_all_of_it():
     marks = Marks.of(events(
         dict(step=9, kind="note", text="late"), dict(step=4, kind="note", text="first"),
         dict(step=4, kind="knob", name="grad_clip", mode="hold", value=0.5),
-        dict(step=12, kind="error", text="stopped"), dict(step=12, kind="note", text="why?")))
+        dict(step=12, kind="error", text="stopped"), dict(step=12, kind="note", text="why?"),
+        dict(step=13, kind="mirror", text="shown elsewhere")))  # no more than the log needs to say
     assert marks.steps == (4, 9, 12)
     assert marks.symbols == ("diamond", "circle", "x")
     assert marks.texts[0] == "<b>step 4</b><br>Note: first<br>Gradient clip: held at 0.5"
