@@ -212,6 +212,26 @@ def clipping(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
         right={"title": "share of steps clipped", "tickformat": ".0%", "range": [0, 1.05]})
 
 
+def bias_names(n_experts: int, n_layer: int, layer: int | None = None) -> list[str]:
+    """The metrics that :func:`biases` reads of a layer selection."""
+    layers = range(n_layer) if layer is None else (layer,)
+    return [f"router/bias_e{expert}/layer_{at}" for expert in range(n_experts) for at in layers]
+
+
+def biases(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS) -> Chart:
+    """The balance bias of each expert: what is added to its logits where experts are picked, and nowhere else."""
+    every = [name for name in metrics if name.startswith("router/bias_e")]
+    chosen = [name for name in every if layer is None or name.endswith(f"/layer_{layer}")]
+    lines = []
+    for expert, color in enumerate(expert_colors(n_experts)):
+        own = [name for name in chosen if name.startswith(f"router/bias_e{expert}/")]
+        mean = metrics[own].mean(axis=1).to_numpy(np.float32)
+        lines.append(_line(f"bias-{expert}", metrics.index, mean, color, limit, f"expert {expert} bias %{{y:.4f}}",
+                           legendgroup=f"expert-{expert}"))
+    return Chart("biases", _titled(f"Balance bias of each expert, {_selection(layer)}"), tuple(lines),
+                 x={"title": STEP}, y={"title": "added to the logit", "rangemode": "normal"}, rules=((0.0, ""),))
+
+
 def _line(uid: str, x, y, color: str, limit: int, hover: str, dash: str = "solid", width: float = 1.5,
           **more) -> dict:
     x, y = thin(x, y, limit)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from widgets.charts import bias_names
 from widgets.marks import Marks
 from widgets.others import other_branches
 from widgets.series import Shares
@@ -35,6 +36,9 @@ class Feed:
         names = NAMES + (ROUTER_NAMES if self._n_experts else ())
         if layer is not None and self._n_experts:
             names += tuple(f"{name}/layer_{layer}" for name in ROUTER_NAMES if name.endswith("_mean"))
+        model, router = self._run.config.model, self._run.config.router
+        if self._n_experts and router.uses_bias:
+            names += ("router/bias_max", *bias_names(self._n_experts, model.n_moe_layer, layer))
         self._names, self._branch = names, None
 
     def refresh(self) -> bool:
@@ -64,7 +68,8 @@ class Feed:
         self._branch, self.last_step, self._last_event = branch, 0, 0
         self.metrics = pd.DataFrame(columns=self._names, index=pd.Index([], name="step", dtype=np.int64),
                                     dtype=np.float32)
-        self.others = other_branches(self._run.store, self._branch_id, self._names)
+        drawn = [name for name in self._names if not name.startswith("router/bias_")]
+        self.others = other_branches(self._run.store, self._branch_id, drawn)
         model, self.marks = self._run.config.model, Marks()
         nothing = np.zeros((0, 2, model.n_moe_layer, model.n_experts), np.float32)
         self.shares = Shares.of(np.zeros(0, np.int64), nothing, self.layer) if self._n_experts else None

@@ -87,13 +87,15 @@ def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, laye
     heat = charts.layer_heatmap(shares)
     router = charts.confidence(metrics, n, layer, limit, others, top_k)
     load = charts.concentration(metrics, n, layer, limit, others, top_k)
+    balanced = [charts.biases(metrics, n, layer, limit)] if "router/bias_max" in metrics else []
     if columns < 3:
-        sized = [(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip))]
+        sized = [(lines, columns), *((chart, 1) for chart in (bars, heat, loss, router, load, clip, *balanced))]
         return arrange(_flow(sized, columns), marks, width)
     # In the same order as when they flow, so that only positions change with the width. What happened over
     # steps stands on the left, what is now on the right.
     places = [Place(lines, 0, 0, columns=2), Place(bars, 0, 2), Place(heat, 1, 2, rows=2), Place(loss, 1, 0),
-              Place(router, 1, 1), Place(load, 2, 0), Place(clip, 2, 1)]
+              Place(router, 1, 1), Place(load, 2, 0), Place(clip, 2, 1),
+              *(Place(chart, 3, 0, columns=2) for chart in balanced)]
     return arrange(places, marks, width)
 
 

@@ -13,11 +13,12 @@ ALTS = {"loss": "Train and validation loss over steps", "experts": "Each expert'
         "utilisation": "Each expert's share at the last step", "layers": "Served share of every expert in every layer",
         "router": "Router entropy and top-1 probability over steps",
         "load": "Largest demand of one expert and dropped share over steps",
+        "biases": "Balance bias of each expert over steps",
         "gradient": "Gradient norm and share of clipped steps over steps"}
 
 
 def draw(record: Record) -> dict[str, go.Figure]:
-    """Every figure that the run has data for: experts, loss, router, load, gradient, utilisation, layers."""
+    """Every figure that the run has data for: experts, loss, router, load, biases, gradient, utilisation, layers."""
     metrics, shares, marks = record.metrics, record.shares(), record.marks
     drawn = {}
     if shares is not None:
@@ -27,6 +28,8 @@ def draw(record: Record) -> dict[str, go.Figure]:
     if shares is not None:
         drawn |= {"router": charts.confidence(metrics, record.n_experts, top_k=record.top_k),
                   "load": charts.concentration(metrics, record.n_experts, top_k=record.top_k)}
+    if shares is not None and "router/bias_max" in metrics:
+        drawn["biases"] = charts.biases(metrics, record.n_experts)
     if "grad/norm" in metrics:
         drawn["gradient"] = charts.clipping(metrics)
     if shares is not None:

@@ -6,8 +6,12 @@ import pytest
 
 from moe_core.health import healthy_band
 from widgets import charts
+from widgets.charts import expert_colors
+from widgets.feed import Feed
 from widgets.figures import figure, panel_figure, panel_parts
 from widgets.marks import Marks
+from widgets.record import Record
+from widgets.report_figures import draw
 from widgets.series import Shares
 
 
@@ -184,3 +188,26 @@ def test_experts_can_be_told_apart_by_colour_blind_readers_on_white_and_on_black
 @pytest.mark.parametrize("n_experts", (1, 8, 16, 64))
 def test_no_two_experts_share_a_colour(n_experts):
     assert len(set(charts.expert_colors(n_experts))) == n_experts
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_the_balance_bias_of_each_expert_is_charted_where_one_balances(tiny_run, layer):
+    """In the panel, live too, and in the report: the mean over layers or one layer's, in the expert's own colour."""
+    run = tiny_run(balance="bias", bias_update_speed=0.02)
+    run.step(6)
+    rows = run.metrics(per_layer=True)
+    feed = Feed(run)
+    feed.select(layer)
+    feed.refresh()
+    live, _ = panel_parts(feed.metrics, feed.shares, feed.marks, layer)
+    drawn = {trace["uid"]: trace for trace in live}
+    for expert, color in enumerate(expert_colors(4)):
+        at = (0, 1) if layer is None else (layer,)
+        expected = rows[[f"router/bias_e{expert}/layer_{i}" for i in at]].mean(axis=1)
+        assert expected.abs().max() > 0
+        np.testing.assert_allclose(drawn[f"bias-{expert}"]["y"], expected, rtol=1e-5, atol=1e-8)
+        assert drawn[f"bias-{expert}"]["line"]["color"] == color
+    assert "biases" in draw(Record.read(run))
+    plain = tiny_run("plain")
+    plain.step(1)
+    assert "biases" not in draw(Record.read(plain))
