@@ -79,6 +79,7 @@ class ModelConfig(_Checked):
     n_experts: int = _field(8, ge=0)
     skip_first_n_moe: int = _field(0, ge=0)  # dense blocks before the first routed one
     expert_width: int | None = _field(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
+    n_shared_experts: int = _field(0, ge=0)  # of expert_width each, beside the routed ones; every token meets them
     mlp: str = _field("swiglu", choices=("swiglu", "gelu"))  # of a dense block
     mlp_width: int | None = _field(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
     attn_gate: str = _field("none", choices=("none", "sigmoid_head"))
@@ -94,6 +95,9 @@ class ModelConfig(_Checked):
     def _check(self):
         if self.n_experts and self.skip_first_n_moe >= self.n_layer:
             raise ConfigError(f"skip_first_n_moe = {self.skip_first_n_moe}: must be less than n_layer = {self.n_layer}")
+        if self.n_shared_experts and not self.n_experts:
+            raise ConfigError(f"n_shared_experts = {self.n_shared_experts}: must be 0 where n_experts = 0; they stand "
+                              "beside experts that a router picks")
         if self.d_model % self.n_head:
             raise ConfigError(f"d_model = {self.d_model}: must be divisible by n_head = {self.n_head}")
         if self.n_head % self.kv_heads:
@@ -120,6 +124,11 @@ class ModelConfig(_Checked):
         if not self.n_experts:
             return self.dense_width
         return self.expert_width or math.ceil(2.75 * self.d_model / 8) * 8
+
+    @property
+    def shared_width(self) -> int:
+        """Width of a layer's shared experts together, which are one MLP."""
+        return self.n_shared_experts * self.ff_width
 
     @property
     def dense_width(self) -> int:

@@ -88,6 +88,8 @@ def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
         if routed:
             yield f"block {i}{layer}, router", block.mlp.router
             yield f"block {i}{layer}, experts", block.mlp.experts
+            if block.mlp.shared is not None:
+                yield f"block {i}{layer}, shared experts", block.mlp.shared
         else:
             yield f"block {i}{layer}, MLP", block.mlp
         yield f"block {i}{layer}, residual stream", block

@@ -12,7 +12,7 @@ from moe_core.optim import parameter_groups
 
 
 def active_params(config: RunConfig) -> int:
-    """Weights in the matrices that one token is multiplied with: K experts of E, the router, the tied head.
+    """Weights in the matrices that one token is multiplied with: K experts of E, shared ones, router, tied head.
 
     Counted on the model itself, by module. Embedding look-ups, learned positions, norms and biases are not in it.
     """

@@ -40,13 +40,13 @@ class Output:
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a dense block: SwiGLU (Shazeer 2020) or GELU."""
+    """A feed-forward part that every token meets: SwiGLU (Shazeer 2020) or GELU, of the config's ``kind``."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width_F: int, kind: str):
         super().__init__()
-        width_D, width_F = config.d_model, config.dense_width
+        width_D = config.d_model
         self.up_proj = Linear(width_D, width_F, config.bias)
-        self.gate_proj = Linear(width_D, width_F, config.bias) if config.mlp == "swiglu" else None
+        self.gate_proj = Linear(width_D, width_F, config.bias) if kind == "swiglu" else None
         self.down_proj = Linear(width_F, width_D, config.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -57,18 +57,24 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a MoE block: a router, and the experts it sends each token to."""
+    """The feed-forward part of a MoE block: a router, and the experts it sends each token to.
+
+    ``shared`` (Dai et al. 2024, DeepSeekMoE) is what every token meets besides, whatever the router says of it: the
+    config's shared experts side by side, which is one SwiGLU of their widths together. None where there are none.
+    """
 
     def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str):
         super().__init__()
         self.router = Router(model.d_model, model.n_experts, router, model.router_bias)
         self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl, model.bias)
+        self.shared = MLP(model, model.shared_width, "swiglu") if model.n_shared_experts else None
 
     def forward(self, x_BSD: Tensor, controls: RouterControls, noise_TE: Tensor | None,
                 bias_E: Tensor | None) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD, controls, noise_TE, bias_E)
-        return self.experts(x_TD, routing).view_as(x_BSD), routing
+        y_BSD = self.experts(x_TD, routing).view_as(x_BSD)
+        return y_BSD if self.shared is None else y_BSD + self.shared(x_BSD), routing
 
 
 class Block(nn.Module):
@@ -80,7 +86,8 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(model.d_model, model.norm_eps)
         self.attn = Attention(model)
         self.mlp_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.mlp = MoE(model, router, experts_impl) if routed else MLP(model)
+        self.mlp = MoE(model, router, experts_impl) if routed else MLP(
+            model, model.dense_width, model.mlp)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, controls: RouterControls | None,
                 noise_TE: Tensor | None, bias_E: Tensor | None, kept_2BSD: Tensor | None,

@@ -20,6 +20,7 @@ REFUSED = [
     (dict(n_kv_heads=3), "n_kv_heads = 3: must divide n_head = 4"),
     (dict(expert_width=30), "expert_width = 30: must be a multiple of 8"),
     (dict(router_noise_type="cauchy"), "router_noise_type = 'cauchy': must be one of 'gumbel', 'gaussian'"),
+    (dict(n_experts=0, n_shared_experts=1), "n_shared_experts = 1: must be 0 where n_experts"),
     (dict(min_lr=1.0), "min_lr = 1.0: must be at most learning_rate = 0.003"),
     (dict(max_steps=1, max_iters=2), "max_iters = 2: given twice"),
     (dict(dataset_name=" "), "dataset_name = ' ': must not be empty"),

@@ -250,7 +250,8 @@ def test_steps_and_seconds_to_the_baselines_loss_are_where_the_line_crosses():
 
 @pytest.mark.parametrize("name, changes", [
     ("nano", {}), ("nano", {"n_experts": 16}), ("nano", {"top_k": 2, "norm_topk_prob": True}), ("dense-107m", {}),
-    ("dense-107m", {"n_experts": 32, "top_k": 4})])
+    ("dense-107m", {"n_experts": 32, "top_k": 4}),
+    ("nano", {"n_shared_experts": 1})])
 def test_a_twin_multiplies_a_token_with_as_many_weights(name, changes):
     """Within 1 % of all, and of those in the blocks alone; nothing but the MLPs differs."""
     dense = preset(name, n_experts=0, expert_width=None)
@@ -270,6 +271,7 @@ def test_active_weights_of_a_small_model_by_hand():
     assert active_params(dense) == 2 * (4 * 32**2 + 3 * 32 * 96) + 100 * 32
     moe = dense.replace(n_experts=4, expert_width=40, top_k=2, norm_topk_prob=True)
     assert active_params(moe) == 2 * (4 * 32**2 + 2 * 3 * 32 * 40 + 32 * 4) + 100 * 32
+    assert active_params(moe.replace(n_shared_experts=3)) - active_params(moe) == 2 * 3 * 3 * 32 * 40
 
 
 def test_models_of_two_shapes_stand_in_one_table(tiny, tmp_path):
