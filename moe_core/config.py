@@ -143,6 +143,7 @@ class RouterConfig(_Checked):
     """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
 
     top_k: int = _field(1, ge=1)
+    router_scores: str = _field("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
     norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
     dropless: bool = True
     capacity_factor: float = _field(1.25, gt=0)  # used when not dropless

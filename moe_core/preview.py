@@ -20,7 +20,7 @@ from moe_core.config import RunConfig
 from moe_core.knobs import KnobError, check_turn
 from moe_core.metrics import Reading, pack, router_metrics
 from moe_core.model import Output, RouterControls, RouterStats, draw_noise
-from moe_core.model.router import route
+from moe_core.model.router import route, routing_options
 from moe_core.trainer import Routed, Trainer
 
 ROUTES = ("router_temp", "router_noise_std", "capacity_factor")  # the knobs that a forward pass reads
@@ -114,8 +114,7 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
     controls = RouterControls.constant(values["router_temp"], values["router_noise_std"],
                                        values.get("capacity_factor", router.capacity_factor), device)
     biases = [None] * len(noise_LTE) if bias_LE is None else bias_LE
-    routings = [route(logits_TE, controls, noise_TE, bias_E, top_k=router.top_k,
-                      norm_topk_prob=router.norm_topk_prob, dropless=router.dropless)
+    routings = [route(logits_TE, controls, noise_TE, bias_E, **routing_options(router))
                 for logits_TE, noise_TE, bias_E in zip(routed.router_logits, noise_LTE, biases, strict=True)]
     packed = pack(Output(losses={"ce": torch.zeros((), device=device)},
                          balance_L=torch.stack([r.balance_loss for r in routings]),

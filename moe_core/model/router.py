@@ -93,20 +93,26 @@ def within_capacity(picks_TKE: Tensor, capacity: Tensor) -> Tensor:
 
 
 def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
-          bias_E: Tensor | None = None, *, top_k: int, norm_topk_prob: bool = False,
-          dropless: bool = True) -> Routing:
+          bias_E: Tensor | None = None, *, top_k: int, router_scores: str = "softmax",
+          norm_topk_prob: bool = False, dropless: bool = True) -> Routing:
     """Route T tokens by their raw float32 logits.
 
-    Tempered logits t = logits / temp give the probabilities p = softmax(t), free of noise and bias. The K
-    largest of t + noise_std * noise + bias win; their weights are p, or with ``norm_topk_prob`` p divided by
-    its sum over the K. Without ``dropless`` an expert takes ceil(capacity_factor * T * K / E) assignments. The
-    balance loss is E * sum_e demand share_e * mean_T(p_e) (Fedus et al. 2021), the z-loss
-    mean_T(logsumexp(logits)^2) (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`, ``bias_E``
+    Tempered logits t = logits / temp give the scores p, free of noise and bias: softmax(t), or sigmoid(t), each
+    expert's by itself. The K largest of t + noise_std * noise + bias win, which without the two is the order of p
+    either way; noise and bias are in units of the tempered logit with sigmoid too (DeepSeek-V3 adds its bias to
+    sigmoid(t)). Weights are p, or with ``norm_topk_prob`` p divided by its sum over the K. Without ``dropless``
+    an expert takes ceil(capacity_factor * T * K / E) assignments.
+
+    Losses and statistics read the scores as probabilities q = p / sum_e p, which is p itself with softmax. The
+    balance loss is E * sum_e demand share_e * mean_T(q_e) (Fedus et al. 2021; with sigmoid DeepSeek-AI 2024), the
+    z-loss mean_T(logsumexp(logits)^2) (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`, ``bias_E``
     from :mod:`moe_core.model.balance`; None is none.
     """
     T, E = logits_TE.shape
     tempered_TE = logits_TE / controls.temp
-    log_probs_TE = tempered_TE.log_softmax(-1)
+    # What softmax makes q of: the logarithm of p, or all the same p times a number.
+    log_scores_TE = F.logsigmoid(tempered_TE) if router_scores == "sigmoid" else tempered_TE
+    log_probs_TE = log_scores_TE.log_softmax(-1)
     probs_TE = log_probs_TE.exp()
 
     scores_TE = tempered_TE if noise_TE is None else tempered_TE + controls.noise_std * noise_TE
@@ -115,9 +121,9 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
     experts_TK = scores_TE.topk(top_k, dim=-1).indices
     if norm_topk_prob:
         # The same as p / sum(p), without 0 / 0 where noise picks experts of vanishing probability.
-        weights_TK = tempered_TE.gather(1, experts_TK).softmax(-1)
+        weights_TK = log_scores_TE.gather(1, experts_TK).softmax(-1)
     else:
-        weights_TK = probs_TE.gather(1, experts_TK)
+        weights_TK = (tempered_TE.sigmoid() if router_scores == "sigmoid" else probs_TE).gather(1, experts_TK)
 
     # Compared with a range: bincount would wait for the device, and break a compiled graph.
     picks_TKE = experts_TK.unsqueeze(-1) == torch.arange(E, device=experts_TK.device)
@@ -146,12 +152,17 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
     )
 
 
+def routing_options(config: RouterConfig) -> dict:
+    """What :func:`route` reads of a config, by its arguments' names."""
+    return {name: getattr(config, name) for name in ("top_k", "router_scores", "norm_topk_prob", "dropless")}
+
+
 class Router(nn.Module):
     """A linear layer, then :func:`route`. ``weight`` [E, D] and ``bias`` [E] or None, uninitialised."""
 
     def __init__(self, d_model: int, n_experts: int, config: RouterConfig, bias: bool = True):
         super().__init__()
-        self.top_k, self.norm_topk_prob, self.dropless = config.top_k, config.norm_topk_prob, config.dropless
+        self.options = routing_options(config)
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.register_parameter("bias", nn.Parameter(torch.empty(n_experts)) if bias else None)
 
@@ -159,5 +170,4 @@ class Router(nn.Module):
                 bias_E: Tensor | None = None) -> Routing:
         # In bfloat16 two or three choices in a thousand would flip.
         logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        return route(logits_TE, controls, noise_TE, bias_E, top_k=self.top_k,
-                     norm_topk_prob=self.norm_topk_prob, dropless=self.dropless)
+        return route(logits_TE, controls, noise_TE, bias_E, **self.options)

@@ -16,6 +16,8 @@ REFUSED = [
     (dict(capacity_factor=0), "capacity_factor = 0: must be more than 0"),
     (dict(top_k=9), "top_k = 9: must be at most n_experts = 8"),
     (dict(norm_topk_prob=True), "norm_topk_prob = True: must be False when top_k = 1"),
+    (dict(router_scores="sigmoid", norm_topk_prob=True), "norm_topk_prob = True: must be False when top_k = 1"),
+    (dict(router_scores="tanh"), "router_scores = 'tanh': must be one of 'softmax', 'sigmoid'"),
     (dict(n_head=3), "d_model = 128: must be divisible by n_head = 3"),
     (dict(n_kv_heads=3), "n_kv_heads = 3: must divide n_head = 4"),
     (dict(expert_width=30), "expert_width = 30: must be a multiple of 8"),

@@ -190,7 +190,7 @@ def test_the_card_says_what_the_store_knows(trained, tmp_path):
     (dict(use_rope=False), "use_rope = False"), (dict(n_experts=0), "n_experts = 0"), (dict(bias=True), "bias = True"),
     (dict(qk_norm=False), "attn_gate = 'sigmoid_head'"), (dict(qk_norm_eps=1e-3), "qk_norm_eps = 0.001"),
     (dict(qk_norm=False, attn_gate="none"), "norm_topk_prob = False"),
-    (dict(n_shared_experts=1), "n_shared_experts = 1"),
+    (dict(n_shared_experts=1), "n_shared_experts = 1"), (dict(router_scores="sigmoid"), "router_scores = 'sigmoid'"),
     (dict(FORMS["mixtral"], skip_first_n_moe=1), "skip_first_n_moe = 1"),
     (dict(skip_first_n_moe=1, mlp="gelu"), "mlp = 'gelu'"),
     (dict(router_bias=True), r"router_bias = True: .*blocks\.0\.mlp\.router\.bias"),

@@ -23,6 +23,7 @@ VARIANTS = {
     "one dense block first, biases": dict(skip_first_n_moe=1, mlp_width=40, bias=True, n_kv_heads=2, top_k=2),
     "two dense gelu blocks first, bias balancing": dict(skip_first_n_moe=2, mlp="gelu", balance="bias"),
     "no router bias": dict(router_bias=False),
+    "sigmoid scores": dict(router_scores="sigmoid", top_k=2, balance="bias"),
     "shared experts": dict(n_shared_experts=2, skip_first_n_moe=1, mlp="gelu"),
     "shared expert, biases, capacity": dict(n_shared_experts=1, bias=True, dropless=False, capacity_factor=0.5),
     "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
