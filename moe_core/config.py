@@ -150,6 +150,7 @@ class RouterConfig(_Checked):
     balance: str = _field("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
     bias_update_speed: float = _field(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
     load_balance_alpha: float = _field(0.05, ge=0)
+    sequence_balance_alpha: float = _field(0.0, ge=0)  # of the balance loss within each sequence, beside any of these
     router_z_loss_coef: float = _field(1e-3, ge=0)
     router_temp_init: float = _field(1.5, gt=0)
     router_temp_final: float = _field(1.0, gt=0)

@@ -114,10 +114,12 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
     controls = RouterControls.constant(values["router_temp"], values["router_noise_std"],
                                        values.get("capacity_factor", router.capacity_factor), device)
     biases = [None] * len(noise_LTE) if bias_LE is None else bias_LE
-    routings = [route(logits_TE, controls, noise_TE, bias_E, **routing_options(router))
+    routings = [route(logits_TE, controls, noise_TE, bias_E, **routing_options(router),
+                      n_sequences=len(logits_TE) // config.model.block_size)
                 for logits_TE, noise_TE, bias_E in zip(routed.router_logits, noise_LTE, biases, strict=True)]
     packed = pack(Output(losses={"ce": torch.zeros((), device=device)},
                          balance_L=torch.stack([r.balance_loss for r in routings]),
+                         sequence_L=torch.stack([r.sequence_loss for r in routings]),
                          z_L=torch.stack([r.z_loss for r in routings]),
                          stats=RouterStats.stack([r.stats for r in routings]), router_logits=None, logits_BSV=None))
     return packed if bias_LE is None else torch.cat([packed, bias_LE.flatten()])
@@ -125,7 +127,8 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
 
 def _read(vector: np.ndarray, values: Mapping[str, float], config: RunConfig) -> tuple[dict[str, float], np.ndarray]:
     reading = Reading.unpack(vector, config.model.n_moe_layer, config.model.n_experts)
-    return router_metrics(reading, values.get("load_balance_alpha", 0.0)), reading.shares
+    return router_metrics(reading, values.get("load_balance_alpha", 0.0),
+                          config.router.sequence_balance_alpha), reading.shares
 
 
 def _differs(a: float, b: float) -> bool:

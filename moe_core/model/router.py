@@ -3,7 +3,7 @@
 Routing is data: :func:`route` turns raw logits into a frozen :class:`Routing` and touches nothing else, so
 that it can be checked by hand, asked "what if", and recomputed without counting twice.
 
-Shapes: T tokens, D model width, E experts, K picks of a token, L layers.
+Shapes: B sequences, T tokens of all of them, D model width, E experts, K picks of a token, L layers.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Routing:
     weights_TK: Tensor  # float32, what each expert's output is multiplied by; carries the gradient
     kept_TK: Tensor  # bool, False where the expert was full: a dropped assignment adds nothing
     balance_loss: Tensor  # float32 0-D, 1 when balanced, E when collapsed
+    sequence_loss: Tensor  # float32 0-D, the balance loss of each sequence by itself, then their mean
     z_loss: Tensor  # float32 0-D, of the raw logits
     stats: RouterStats
     logits_TE: Tensor  # float32, the raw logits, detached: what to ask "what if" of
@@ -94,8 +95,8 @@ def within_capacity(picks_TKE: Tensor, capacity: Tensor) -> Tensor:
 
 def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
           bias_E: Tensor | None = None, *, top_k: int, router_scores: str = "softmax",
-          norm_topk_prob: bool = False, dropless: bool = True) -> Routing:
-    """Route T tokens by their raw float32 logits.
+          norm_topk_prob: bool = False, dropless: bool = True, n_sequences: int = 1) -> Routing:
+    """Route T tokens, of ``n_sequences`` equally long sequences one after another, by their raw float32 logits.
 
     Tempered logits t = logits / temp give the scores p, free of noise and bias: softmax(t), or sigmoid(t), each
     expert's by itself. The K largest of t + noise_std * noise + bias win, which without the two is the order of p
@@ -105,8 +106,9 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
 
     Losses and statistics read the scores as probabilities q = p / sum_e p, which is p itself with softmax. The
     balance loss is E * sum_e demand share_e * mean_T(q_e) (Fedus et al. 2021; with sigmoid DeepSeek-AI 2024), the
-    z-loss mean_T(logsumexp(logits)^2) (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`, ``bias_E``
-    from :mod:`moe_core.model.balance`; None is none.
+    sequence loss the same within each sequence, and then the mean over them (DeepSeek-AI 2024), the z-loss
+    mean_T(logsumexp(logits)^2) (Zoph et al. 2022). ``noise_TE`` comes from :func:`draw_noise`, ``bias_E`` from
+    :mod:`moe_core.model.balance`; None is none.
     """
     T, E = logits_TE.shape
     tempered_TE = logits_TE / controls.temp
@@ -127,7 +129,8 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
 
     # Compared with a range: bincount would wait for the device, and break a compiled graph.
     picks_TKE = experts_TK.unsqueeze(-1) == torch.arange(E, device=experts_TK.device)
-    demand_E = picks_TKE.sum((0, 1)).float()
+    demand_BE = picks_TKE.unflatten(0, (n_sequences, -1)).sum((1, 2)).float()
+    demand_E = demand_BE.sum(0)
     if dropless:
         kept_TK, served_E = torch.ones_like(experts_TK, dtype=torch.bool), demand_E
     else:
@@ -141,6 +144,8 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
         weights_TK=weights_TK,
         kept_TK=kept_TK,
         balance_loss=E * (demand_E / (T * top_k) * probs_TE.mean(0)).sum(),
+        sequence_loss=E * n_sequences / (T * top_k) * (demand_BE * probs_TE.unflatten(
+            0, (n_sequences, -1)).mean(1)).sum(-1).mean(),
         z_loss=logits_TE.logsumexp(-1).square().mean(),
         stats=RouterStats(
             demand_E=demand_E,
@@ -167,7 +172,7 @@ class Router(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(n_experts)) if bias else None)
 
     def forward(self, x_TD: Tensor, controls: RouterControls, noise_TE: Tensor | None = None,
-                bias_E: Tensor | None = None) -> Routing:
+                bias_E: Tensor | None = None, n_sequences: int = 1) -> Routing:
         # In bfloat16 two or three choices in a thousand would flip.
         logits_TE = F.linear(x_TD.float(), self.weight.float(), None if self.bias is None else self.bias.float())
-        return route(logits_TE, controls, noise_TE, bias_E, **self.options)
+        return route(logits_TE, controls, noise_TE, bias_E, n_sequences=n_sequences, **self.options)

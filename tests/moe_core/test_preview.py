@@ -24,6 +24,7 @@ CASES = {
     "dropless": {},
     "capacity": dict(dropless=False, capacity_factor=0.7),
     "balanced by a bias": dict(balance="bias", bias_update_speed=0.1, skip_first_n_moe=1, dropout=0.2),
+    "balanced in each sequence": dict(sequence_balance_alpha=0.1, balance="none", top_k=2),
     "sigmoid": dict(router_scores="sigmoid", top_k=2, norm_topk_prob=True, balance="both"),
     "two picks": dict(top_k=2, norm_topk_prob=True),
     "two picks, capacity, gaussian": dict(top_k=2, dropless=False, capacity_factor=0.6, router_noise_type="gaussian"),

@@ -163,6 +163,20 @@ def test_balance_loss_pushes_the_crowded_expert_down(generator):
     assert logits.grad.mean(0)[0] > 1e-4
 
 
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_the_sequence_loss_is_the_mean_of_the_balance_losses_of_the_sequences(generator, scores):
+    """Its value and its gradient; two sequences that each collapse, on different experts, do not hide in it."""
+    logits = torch.randn(5 * 12, 6, generator=generator).requires_grad_()
+    how = dict(top_k=2, router_scores=scores)
+    whole = route(logits, controls(0.7), n_sequences=5, **how).sequence_loss
+    each = torch.stack([route(part, controls(0.7), **how).balance_loss for part in logits.chunk(5)]).mean()
+    torch.testing.assert_close(whole, each)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (whole, each)))
+    collapsed = 100 * torch.eye(2)[[0, 0, 0, 1, 1, 1]]
+    routing = route(collapsed, PLAIN, top_k=1, n_sequences=2)
+    assert routing.balance_loss.item() == pytest.approx(1) and routing.sequence_loss.item() == pytest.approx(2)
+
+
 def test_z_loss_is_of_the_raw_logits(generator):
     """mean(logsumexp(z)^2), and neither temperature nor noise moves it; ln(E)^2 at zero logits."""
     logits = torch.randn(50, 8, generator=generator)
