@@ -142,7 +142,8 @@ class ModelConfig(_Checked):
 class RouterConfig(_Checked):
     """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
 
-    top_k: int = _field(1, ge=1)
+    routing: str = _field("token", choices=("token", "expert"))  # who chooses whom
+    top_k: int = _field(1, ge=1)  # experts a token; on average, and at a capacity_factor of 1, where experts choose
     router_scores: str = _field("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
     norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
     dropless: bool = True
@@ -163,6 +164,13 @@ class RouterConfig(_Checked):
         if self.top_k == 1 and self.norm_topk_prob:
             raise ConfigError("norm_topk_prob = True: must be False when top_k = 1; a single weight divided by "
                               "itself is always 1, and the router would learn nothing from the language-model loss")
+        if self.routing == "expert":
+            for name, wanted, why in (("dropless", False, "each takes as many tokens as capacity_factor gives it room"),
+                                      ("balance", "none", "the load is even whatever the router does"),
+                                      ("norm_topk_prob", False, "a token may get any number of them")):
+                if getattr(self, name) != wanted:
+                    raise ConfigError(f"{name} = {getattr(self, name)!r}: must be {wanted!r} for routing = 'expert', "
+                                      f"where experts choose their tokens: {why}")
 
     @property
     def uses_aux_loss(self) -> bool:
@@ -292,6 +300,9 @@ class RunConfig(_Checked):
         if self.compile and self.model.n_experts and self.experts_impl == "loop":
             raise ConfigError("compile = True: must be False for experts_impl = 'loop', whose shapes follow the data; "
                               "'grouped' can be compiled")
+        if self.compile and self.model.n_experts and self.router.routing == "expert":
+            raise ConfigError("compile = True: must be False for routing = 'expert', whose shapes follow the knob "
+                              "capacity_factor")
         for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
             for one in filter(None, getattr(self, name).split(",")):
                 if one not in known:

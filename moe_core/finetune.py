@@ -159,7 +159,7 @@ def computes_otherwise(there: RunConfig, here: RunConfig) -> dict[str, tuple]:
     """Fields that change what the same weights compute, each with (here, there)."""
     now, was = ({**c.to_dict()["model"], **c.to_dict()["router"]} for c in (here, there))
     names = ["norm_eps", *["qk_norm_eps"] * here.model.qk_norm, *["rope_theta"] * here.model.use_rope,
-             *["top_k", "norm_topk_prob"] * bool(here.model.n_experts)]
+             *["routing", "top_k", "router_scores", "norm_topk_prob"] * bool(here.model.n_experts)]
     return {name: (now[name], was[name]) for name in names if now[name] != was[name]}
 
 
@@ -258,5 +258,8 @@ def _picked(block, config: RunConfig, generator: torch.Generator) -> float:
     """The mean sum of a token's K weights in a block, over directions of the stream drawn at random."""
     x_TD = block.mlp_norm(torch.randn(DIRECTIONS, config.model.d_model, generator=generator))
     temp = Knobs(config)["router_temp"].at(1)
-    routing = block.mlp.router(x_TD, RouterControls.constant(temp, 0.0, 1.0))
-    return float(routing.weights_TK.sum(-1).mean())
+    routing = block.mlp.router(x_TD, RouterControls.constant(temp, 0.0, config.router.capacity_factor))
+    weights_TK = routing.weights_TK
+    if routing.tokens_EC is not None:
+        weights_TK = weights_TK * routing.kept_TK
+    return float(weights_TK.sum(-1).mean())

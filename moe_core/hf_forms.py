@@ -42,6 +42,8 @@ def form_of(config: RunConfig) -> str:
         raise refused("use_rope", False, "they have rotary positions, not learned ones")
     if model.n_shared_experts:
         raise refused("n_shared_experts", model.n_shared_experts, "that of Qwen3-Next has a gate of its own")
+    if router.routing != "token":
+        raise refused("routing", router.routing, "their tokens choose the experts")
     if router.router_scores != "softmax":
         raise refused("router_scores", router.router_scores, "their scores are 'softmax'")
     if model.bias:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_core.config import RouterConfig
 from moe_core.model import Output
 
-PER_LAYER = 5  # numbers that a layer reports beside its shares
+PER_LAYER = 6  # numbers that a layer reports beside its shares
 COLLAPSED_SHARE = 0.90  # largest demand of one expert at which a layer counts as collapsed
 
 
@@ -26,7 +27,7 @@ def pack(out: Output) -> Tensor:
     parts = [out.losses["ce"].detach()]
     if out.stats is not None:
         s = out.stats
-        parts += [out.balance_L, out.sequence_L, out.z_L, s.top1_p, s.entropy, s.demand_E, s.served_E]
+        parts += [out.balance_L, out.sequence_L, out.z_L, s.top1_p, s.entropy, s.no_expert, s.demand_E, s.served_E]
     return torch.cat([part.float().reshape(-1) for part in parts])
 
 
@@ -46,6 +47,7 @@ class Reading:
     z_L: np.ndarray
     top1_p_L: np.ndarray
     entropy_L: np.ndarray
+    no_expert_L: np.ndarray
     shares: np.ndarray  # float32 [2, L, E]: demand, served; L = E = 0 when dense
     bias_LE: np.ndarray | None  # what the step was routed with; None where there is none
 
@@ -64,13 +66,14 @@ class Reading:
         return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE)
 
 
-def router_metrics(reading: Reading, alpha: float, sequence_alpha: float = 0.0) -> dict[str, float]:
+def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict[str, float]:
     """The router's metrics of one step: means over layers, then every layer by itself.
 
     A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it. ``alpha`` is 0
     where no balance loss is minimised; ``router/balance_mean``, 1 when balanced, E when collapsed, is that
     loss itself, minimised or not. ``router/seq_aux_mean``, that of each sequence by itself times
-    ``sequence_alpha``, is there where it is minimised. ``router/bias_e{i}/layer_{l}`` has no mean: what is added
+    ``sequence_balance_alpha``, is there where it is minimised, and ``router/no_expert_mean``, the share of tokens
+    that no expert took, where experts choose. ``router/bias_e{i}/layer_{l}`` has no mean: what is added
     to all of a layer's experts moves nothing.
     """
     demand_LE, served_LE = reading.shares
@@ -86,8 +89,10 @@ def router_metrics(reading: Reading, alpha: float, sequence_alpha: float = 0.0) 
         "router/top1_p_mean": reading.top1_p_L,
         "router/entropy_mean": reading.entropy_L,
     }
-    if sequence_alpha:
-        per_layer["router/seq_aux_mean"] = sequence_alpha * reading.sequence_L
+    if router.sequence_balance_alpha:
+        per_layer["router/seq_aux_mean"] = router.sequence_balance_alpha * reading.sequence_L
+    if router.routing == "expert":
+        per_layer["router/no_expert_mean"] = reading.no_expert_L
     out = {name: float(values.mean()) for name, values in per_layer.items()}
     out["router/max_frac_max"] = float(top_L.max())
     out["router/active_min"] = float(active_L.min())

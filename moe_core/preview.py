@@ -127,8 +127,7 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
 
 def _read(vector: np.ndarray, values: Mapping[str, float], config: RunConfig) -> tuple[dict[str, float], np.ndarray]:
     reading = Reading.unpack(vector, config.model.n_moe_layer, config.model.n_experts)
-    return router_metrics(reading, values.get("load_balance_alpha", 0.0),
-                          config.router.sequence_balance_alpha), reading.shares
+    return router_metrics(reading, values.get("load_balance_alpha", 0.0), config.router), reading.shares
 
 
 def _differs(a: float, b: float) -> bool:
@@ -144,6 +143,7 @@ def _unknown(now: Mapping[str, float], then: Mapping[str, float], config: RunCon
         said[said.index(next(s for s in said if s.startswith("load_balance_alpha")))] += (
             "; router/aux_mean is the same balance loss at the new coefficient")
     quiet = then["router_noise_std"] == now["router_noise_std"] == 0 and not config.router.uses_bias
+    quiet = quiet and config.router.routing == "token"  # between tokens it does
     if "router_temp" in turned and quiet:
         said.append("without noise the temperature changes the weights, never the choice of experts")
     if config.model.n_moe_layer > 1 and any(name in ROUTES for name in turned):

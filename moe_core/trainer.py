@@ -240,7 +240,7 @@ class Trainer:
         share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
         routed = {}
         if self.config.model.n_experts:
-            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0), self._sequence_alpha)
+            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0), self.config.router)
         aux = routed.get("router/aux_mean", 0.0) + routed.get("router/seq_aux_mean", 0.0)
         z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
         if routed and optim.skips_starved:

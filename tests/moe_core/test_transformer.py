@@ -24,6 +24,7 @@ VARIANTS = {
     "two dense gelu blocks first, bias balancing": dict(skip_first_n_moe=2, mlp="gelu", balance="bias"),
     "no router bias": dict(router_bias=False),
     "sigmoid scores": dict(router_scores="sigmoid", top_k=2, balance="bias"),
+    "expert choice, capacity": dict(routing="expert", dropless=False, balance="none", n_shared_experts=1),
     "shared experts": dict(n_shared_experts=2, skip_first_n_moe=1, mlp="gelu"),
     "shared expert, biases, capacity": dict(n_shared_experts=1, bias=True, dropless=False, capacity_factor=0.5),
     "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
