@@ -79,6 +79,7 @@ class ModelConfig(_Checked):
     n_experts: int = _field(8, ge=0)
     skip_first_n_moe: int = _field(0, ge=0)  # dense blocks before the first routed one
     expert_width: int | None = _field(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
+    n_shared_experts: int = _field(0, ge=0)  # of expert_width each, beside the routed ones; every token meets them
     mlp: str = _field("swiglu", choices=("swiglu", "gelu"))  # of a dense block
     mlp_width: int | None = _field(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
     attn_gate: str = _field("none", choices=("none", "sigmoid_head"))
@@ -94,6 +95,9 @@ class ModelConfig(_Checked):
     def _check(self):
         if self.n_experts and self.skip_first_n_moe >= self.n_layer:
             raise ConfigError(f"skip_first_n_moe = {self.skip_first_n_moe}: must be less than n_layer = {self.n_layer}")
+        if self.n_shared_experts and not self.n_experts:
+            raise ConfigError(f"n_shared_experts = {self.n_shared_experts}: must be 0 where n_experts = 0; they stand "
+                              "beside experts that a router picks")
         if self.d_model % self.n_head:
             raise ConfigError(f"d_model = {self.d_model}: must be divisible by n_head = {self.n_head}")
         if self.n_head % self.kv_heads:
@@ -122,6 +126,11 @@ class ModelConfig(_Checked):
         return self.expert_width or math.ceil(2.75 * self.d_model / 8) * 8
 
     @property
+    def shared_width(self) -> int:
+        """Width of a layer's shared experts together, which are one MLP."""
+        return self.n_shared_experts * self.ff_width
+
+    @property
     def dense_width(self) -> int:
         """Width of the MLP of a dense block: of every block of a dense model, of the first few of a routed one."""
         if self.mlp_width:
@@ -133,13 +142,16 @@ class ModelConfig(_Checked):
 class RouterConfig(_Checked):
     """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
 
-    top_k: int = _field(1, ge=1)
+    routing: str = _field("token", choices=("token", "expert"))  # who chooses whom
+    top_k: int = _field(1, ge=1)  # experts a token; on average, and at a capacity_factor of 1, where experts choose
+    router_scores: str = _field("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
     norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
     dropless: bool = True
     capacity_factor: float = _field(1.25, gt=0)  # used when not dropless
     balance: str = _field("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
     bias_update_speed: float = _field(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
     load_balance_alpha: float = _field(0.05, ge=0)
+    sequence_balance_alpha: float = _field(0.0, ge=0)  # of the balance loss within each sequence, beside any of these
     router_z_loss_coef: float = _field(1e-3, ge=0)
     router_temp_init: float = _field(1.5, gt=0)
     router_temp_final: float = _field(1.0, gt=0)
@@ -152,6 +164,13 @@ class RouterConfig(_Checked):
         if self.top_k == 1 and self.norm_topk_prob:
             raise ConfigError("norm_topk_prob = True: must be False when top_k = 1; a single weight divided by "
                               "itself is always 1, and the router would learn nothing from the language-model loss")
+        if self.routing == "expert":
+            for name, wanted, why in (("dropless", False, "each takes as many tokens as capacity_factor gives it room"),
+                                      ("balance", "none", "the load is even whatever the router does"),
+                                      ("norm_topk_prob", False, "a token may get any number of them")):
+                if getattr(self, name) != wanted:
+                    raise ConfigError(f"{name} = {getattr(self, name)!r}: must be {wanted!r} for routing = 'expert', "
+                                      f"where experts choose their tokens: {why}")
 
     @property
     def uses_aux_loss(self) -> bool:
@@ -281,6 +300,9 @@ class RunConfig(_Checked):
         if self.compile and self.model.n_experts and self.experts_impl == "loop":
             raise ConfigError("compile = True: must be False for experts_impl = 'loop', whose shapes follow the data; "
                               "'grouped' can be compiled")
+        if self.compile and self.model.n_experts and self.router.routing == "expert":
+            raise ConfigError("compile = True: must be False for routing = 'expert', whose shapes follow the knob "
+                              "capacity_factor")
         for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
             for one in filter(None, getattr(self, name).split(",")):
                 if one not in known:

@@ -15,7 +15,7 @@ from moe_core.config import RunConfig
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.transformer import MoE
 
-TERMS = ("train/ce", "router/aux_mean", "router/z_mean", "grad/norm", "the Hessian estimate")
+TERMS = ("train/ce", "router/aux_mean", "router/seq_aux_mean", "router/z_mean", "grad/norm", "the Hessian estimate")
 
 
 class NonFiniteError(ArithmeticError):
@@ -88,6 +88,8 @@ def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
         if routed:
             yield f"block {i}{layer}, router", block.mlp.router
             yield f"block {i}{layer}, experts", block.mlp.experts
+            if block.mlp.shared is not None:
+                yield f"block {i}{layer}, shared experts", block.mlp.shared
         else:
             yield f"block {i}{layer}, MLP", block.mlp
         yield f"block {i}{layer}, residual stream", block

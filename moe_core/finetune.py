@@ -5,9 +5,9 @@ or its meaning; a mismatch is refused by its field. The tokenizer comes with the
 
 **Upcycling** (Komatsuzaki et al. 2022, https://arxiv.org/abs/2212.05055) copies a dense model's SwiGLU into every
 expert, each with a little noise of its own so that they can grow apart, and draws a fresh router. Where a token's
-weights add up to one (``norm_topk_prob``, or every expert picked), the model computes what the dense one did. Else its
-branch would come out multiplied by the sum of the picked probabilities, with K = 1 by that of the winner, little more
-than 1/E before the router has learned: there each expert's output is divided by the mean of that sum, so that the
+weights add up to one (``norm_topk_prob``, or every expert picked with softmax), the model computes what the dense one
+did. Else its branch would come out multiplied by the sum of the picked scores, with K = 1 by that of the winner, little
+more than 1/E before the router has learned: there each expert's output is divided by the mean of that sum, so that the
 branch is the dense one's on average, though not for each token. The mean is taken over 4,096 random directions, through
 the router as drawn, at the temperature of the first step and without noise; as the router sharpens it grows, and
 training follows. A dense model of three layers of 96, with a validation loss of 3.948 after 250 steps, begins so with
@@ -159,7 +159,7 @@ def computes_otherwise(there: RunConfig, here: RunConfig) -> dict[str, tuple]:
     """Fields that change what the same weights compute, each with (here, there)."""
     now, was = ({**c.to_dict()["model"], **c.to_dict()["router"]} for c in (here, there))
     names = ["norm_eps", *["qk_norm_eps"] * here.model.qk_norm, *["rope_theta"] * here.model.use_rope,
-             *["top_k", "norm_topk_prob"] * bool(here.model.n_experts)]
+             *["routing", "top_k", "router_scores", "norm_topk_prob"] * bool(here.model.n_experts)]
     return {name: (now[name], was[name]) for name in names if now[name] != was[name]}
 
 
@@ -239,7 +239,8 @@ def upcycled(config: RunConfig, source: Source, noise: float, say: Callable[[str
             own.copy_(value.mT if value.ndim == 2 else value)  # the same for all E
             if value.ndim == 2:
                 own += noise * value.square().mean().sqrt() * torch.randn(own.shape, generator=generator)
-        if not config.router.norm_topk_prob and config.router.top_k < model.n_experts:
+        whole_weight = config.router.top_k == model.n_experts and config.router.router_scores == "softmax"
+        if not config.router.norm_topk_prob and not whole_weight:
             share = _picked(block, config, generator)
             for own in (experts.w_down, *experts.biases()[2:]):
                 own /= share
@@ -257,5 +258,8 @@ def _picked(block, config: RunConfig, generator: torch.Generator) -> float:
     """The mean sum of a token's K weights in a block, over directions of the stream drawn at random."""
     x_TD = block.mlp_norm(torch.randn(DIRECTIONS, config.model.d_model, generator=generator))
     temp = Knobs(config)["router_temp"].at(1)
-    routing = block.mlp.router(x_TD, RouterControls.constant(temp, 0.0, 1.0))
-    return float(routing.weights_TK.sum(-1).mean())
+    routing = block.mlp.router(x_TD, RouterControls.constant(temp, 0.0, config.router.capacity_factor))
+    weights_TK = routing.weights_TK
+    if routing.tokens_EC is not None:
+        weights_TK = weights_TK * routing.kept_TK
+    return float(weights_TK.sum(-1).mean())

@@ -139,12 +139,40 @@ def _clipped(above: float, still: bool) -> Test:
     return test
 
 
-BALANCE = (up_to("load_balance_alpha", 0.1, 0.15, 0.2), up_to("router_z_loss_coef", 1e-3, 5e-3))
+def _biased(test: Test) -> Test:
+    """The same where a bias balances, and silence elsewhere."""
+    return lambda view: test(view) if "router/bias_update_speed" in view.columns else None
+
+
+UNEVEN = 0.3  # of a fair share: the guide says "high variance" without a number
+
+
+def _uneven(view: View) -> Reading | None:
+    """How far the experts' shares, each its mean over the window, lie apart: what the bias should have evened out.
+
+    Shares that scatter from step to step around the same mean are not meant: that is the batch, or a bias too fast.
+    """
+    names = [f"router/frac_srv_e{expert}" for expert in range(view.shape.E)]
+    columns = [view.series(name) for name in names]
+    n, fair = min(len(values) for _, values in columns), 1 / view.shape.E
+    if n < WINDOW:
+        return None
+    shares_E = np.array([values[-WINDOW:].mean() for _, values in columns])
+    spread, steps = float(shares_E.std()), columns[0][0]
+    if spread <= UNEVEN * fair:
+        return None
+    return Reading("sustained", spread, int(steps[-WINDOW]), int(steps[-1]), 0.0, UNEVEN * fair,
+                   metric=view.name(names[int(shares_E.argmax())]),
+                   words={"least": float(shares_E.min()), "most": float(shares_E.max())})
+
+
+FASTER = up_to("bias_update_speed", 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+BALANCE = (up_to("load_balance_alpha", 0.1, 0.15, 0.2), FASTER, up_to("router_z_loss_coef", 1e-3, 5e-3))
 EXPLORE = (move("router_temp", 0.3), move("router_noise_std", 0.25))
 SHARPEN = (down_to("router_temp", 1.25, 1.2, 1.0, 0.9), down_to("load_balance_alpha", 0.12, 0.10, 0.08),
            down_to("router_z_loss_coef", 5e-4))
 RECOVER = (up_to("router_temp", 2.5), up_to("router_noise_std", 1.0), up_to("load_balance_alpha", 0.15, 0.2),
-           within("router_z_loss_coef", 1e-3, 5e-3))
+           FASTER, within("router_z_loss_coef", 1e-3, 5e-3))
 ROOM = (scale("capacity_factor", 1.25), move("router_temp", 0.3))
 CALM = (scale("lr_scale", 0.75), up_to("grad_clip", 1.5, 2.0))
 
@@ -189,6 +217,19 @@ RULES: list[Rule] = [
     Rule("starved", "router/frac_srv_e*", "watch", _starved,
          "expert {expert}{more} is served {value:.1%} of the assignments sustained, under {low:.1%} "
          "(fair {uniform:.1%})", (*BALANCE, *EXPLORE), "once every expert is above its line for 100 steps"),
+    Rule("starved", "router/frac_srv_e*", "alarm", _biased(_starved),
+         "expert {expert}{more} is served {value:.1%} of the assignments sustained, under {low:.1%}, though a bias "
+         "balances (fair {uniform:.1%})", (*BALANCE, *EXPLORE), "once every expert is above its line for 100 steps"),
+    Rule("uneven", "router/frac_srv_e*", "watch", _biased(_uneven),
+         "the experts' shares lie {value:.1%} apart (standard deviation; {least:.1%} to {most:.1%}), sustained above "
+         "{line:.1%}: the bias follows the load too slowly", (FASTER,),
+         "step by step back once the shares are even for 100 steps, or if they swing from step to step"),
+    # The guide's 0.01 is of the term at E = 8 and its coefficient of 1e-3: of the logits themselves, it is 10.
+    Rule("z_loss", "router/z_mean", "watch",
+         _biased(sustained(above=lambda s: 10 * (s.entropy(1) / math.log(8)) ** 2)),
+         "the router's logits grow: z {value:.1f} sustained, above {line:.1f} (the guide's z-loss of 0.01 at 8 experts "
+         "and a coefficient of 0.001)", (up_to("router_z_loss_coef", 1e-3, 5e-3),),
+         "once router/z_mean is under {line:.1f} for 100 steps"),
     Rule("active", "router/active_min", "watch", spike(below=lambda s: s.E - max(1, s.E // 8)),
          "dips to {value:.0f} active experts of {E}, {times} in the last {n} logged steps",
          (*BALANCE, *EXPLORE), _FLAT),

@@ -40,6 +40,12 @@ def form_of(config: RunConfig) -> str:
         raise refused("n_experts", 0, "those known here are mixtures of experts")
     if not model.use_rope:
         raise refused("use_rope", False, "they have rotary positions, not learned ones")
+    if model.n_shared_experts:
+        raise refused("n_shared_experts", model.n_shared_experts, "that of Qwen3-Next has a gate of its own")
+    if router.routing != "token":
+        raise refused("routing", router.routing, "their tokens choose the experts")
+    if router.router_scores != "softmax":
+        raise refused("router_scores", router.router_scores, "their scores are 'softmax'")
     if model.bias:
         raise refused("bias", True, "their experts have no biases")
     if model.qk_norm and model.qk_norm_eps != model.norm_eps:

@@ -125,6 +125,8 @@ class Knobs(dict[str, Knob]):
         schedules["grad_clip"] = _constant(config.optim.grad_clip)
         super().__init__((name, Knob(KNOBS[name], schedule)) for name, schedule in schedules.items())
         self.tensors = {name: torch.zeros((), device=device) for name in self}
+        if r.routing == "expert" and "capacity_factor" in self:
+            self.tensors["capacity_factor"] = torch.zeros(())  # shapes follow it, so the host reads it
 
     def __missing__(self, name: str):
         raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")

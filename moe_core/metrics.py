@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_core.config import RouterConfig
 from moe_core.model import Output
 
+PER_LAYER = 6  # numbers that a layer reports beside its shares
 COLLAPSED_SHARE = 0.90  # largest demand of one expert at which a layer counts as collapsed
 
 
@@ -25,13 +27,13 @@ def pack(out: Output) -> Tensor:
     parts = [out.losses["ce"].detach()]
     if out.stats is not None:
         s = out.stats
-        parts += [out.balance_L, out.z_L, s.top1_p, s.entropy, s.demand_E, s.served_E]
+        parts += [out.balance_L, out.sequence_L, out.z_L, s.top1_p, s.entropy, s.no_expert, s.demand_E, s.served_E]
     return torch.cat([part.float().reshape(-1) for part in parts])
 
 
 def packed_demand(packed: Tensor, n_layer: int, n_experts: int) -> Tensor:
     """The assignments that asked for each expert, [L, E], in what :func:`pack` made; a view."""
-    start, size = 1 + 4 * n_layer, n_layer * n_experts
+    start, size = 1 + PER_LAYER * n_layer, n_layer * n_experts
     return packed[start : start + size].view(n_layer, n_experts)
 
 
@@ -41,9 +43,11 @@ class Reading:
 
     ce: float
     balance_L: np.ndarray
+    sequence_L: np.ndarray
     z_L: np.ndarray
     top1_p_L: np.ndarray
     entropy_L: np.ndarray
+    no_expert_L: np.ndarray
     shares: np.ndarray  # float32 [2, L, E]: demand, served; L = E = 0 when dense
     bias_LE: np.ndarray | None  # what the step was routed with; None where there is none
 
@@ -52,22 +56,25 @@ class Reading:
         """``vector``: the mean of :func:`pack` over micro-batches of equal size, and behind it the balance bias."""
         if not n_experts:
             nothing = np.zeros(0, np.float32)
-            return cls(float(vector[0]), *[nothing] * 4, np.zeros((2, 0, 0), np.float32), None)
-        end = 1 + 4 * n_layer + 2 * n_layer * n_experts
-        per_layer = vector[1 : 1 + 4 * n_layer].reshape(4, n_layer)
-        counts = vector[1 + 4 * n_layer : end].reshape(2, n_layer, n_experts)
+            return cls(float(vector[0]), *[nothing] * PER_LAYER, np.zeros((2, 0, 0), np.float32), None)
+        start = 1 + PER_LAYER * n_layer
+        end = start + 2 * n_layer * n_experts
+        per_layer = vector[1:start].reshape(PER_LAYER, n_layer)
+        counts = vector[start:end].reshape(2, n_layer, n_experts)
         asked = counts[0].sum(-1, keepdims=True)  # every assignment asks for exactly one expert
         bias_LE = vector[end:].reshape(n_layer, n_experts) if len(vector) > end else None
         return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE)
 
 
-def router_metrics(reading: Reading, alpha: float) -> dict[str, float]:
+def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict[str, float]:
     """The router's metrics of one step: means over layers, then every layer by itself.
 
     A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it. ``alpha`` is 0
     where no balance loss is minimised; ``router/balance_mean``, 1 when balanced, E when collapsed, is that
-    loss itself, minimised or not. ``router/bias_e{i}/layer_{l}`` has no mean: what is added to all of a
-    layer's experts moves nothing.
+    loss itself, minimised or not. ``router/seq_aux_mean``, that of each sequence by itself times
+    ``sequence_balance_alpha``, is there where it is minimised, and ``router/no_expert_mean``, the share of tokens
+    that no expert took, where experts choose. ``router/bias_e{i}/layer_{l}`` has no mean: what is added
+    to all of a layer's experts moves nothing.
     """
     demand_LE, served_LE = reading.shares
     top_L = demand_LE.max(-1)
@@ -82,6 +89,10 @@ def router_metrics(reading: Reading, alpha: float) -> dict[str, float]:
         "router/top1_p_mean": reading.top1_p_L,
         "router/entropy_mean": reading.entropy_L,
     }
+    if router.sequence_balance_alpha:
+        per_layer["router/seq_aux_mean"] = router.sequence_balance_alpha * reading.sequence_L
+    if router.routing == "expert":
+        per_layer["router/no_expert_mean"] = reading.no_expert_L
     out = {name: float(values.mean()) for name, values in per_layer.items()}
     out["router/max_frac_max"] = float(top_L.max())
     out["router/active_min"] = float(active_L.min())

@@ -20,7 +20,7 @@ from moe_core.config import RunConfig
 from moe_core.knobs import KnobError, check_turn
 from moe_core.metrics import Reading, pack, router_metrics
 from moe_core.model import Output, RouterControls, RouterStats, draw_noise
-from moe_core.model.router import route
+from moe_core.model.router import route, routing_options
 from moe_core.trainer import Routed, Trainer
 
 ROUTES = ("router_temp", "router_noise_std", "capacity_factor")  # the knobs that a forward pass reads
@@ -114,11 +114,12 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
     controls = RouterControls.constant(values["router_temp"], values["router_noise_std"],
                                        values.get("capacity_factor", router.capacity_factor), device)
     biases = [None] * len(noise_LTE) if bias_LE is None else bias_LE
-    routings = [route(logits_TE, controls, noise_TE, bias_E, top_k=router.top_k,
-                      norm_topk_prob=router.norm_topk_prob, dropless=router.dropless)
+    routings = [route(logits_TE, controls, noise_TE, bias_E, **routing_options(router),
+                      n_sequences=len(logits_TE) // config.model.block_size)
                 for logits_TE, noise_TE, bias_E in zip(routed.router_logits, noise_LTE, biases, strict=True)]
     packed = pack(Output(losses={"ce": torch.zeros((), device=device)},
                          balance_L=torch.stack([r.balance_loss for r in routings]),
+                         sequence_L=torch.stack([r.sequence_loss for r in routings]),
                          z_L=torch.stack([r.z_loss for r in routings]),
                          stats=RouterStats.stack([r.stats for r in routings]), router_logits=None, logits_BSV=None))
     return packed if bias_LE is None else torch.cat([packed, bias_LE.flatten()])
@@ -126,7 +127,7 @@ def _packed(routed: Routed, noise_LTE: Tensor, values: Mapping[str, float], conf
 
 def _read(vector: np.ndarray, values: Mapping[str, float], config: RunConfig) -> tuple[dict[str, float], np.ndarray]:
     reading = Reading.unpack(vector, config.model.n_moe_layer, config.model.n_experts)
-    return router_metrics(reading, values.get("load_balance_alpha", 0.0)), reading.shares
+    return router_metrics(reading, values.get("load_balance_alpha", 0.0), config.router), reading.shares
 
 
 def _differs(a: float, b: float) -> bool:
@@ -142,6 +143,7 @@ def _unknown(now: Mapping[str, float], then: Mapping[str, float], config: RunCon
         said[said.index(next(s for s in said if s.startswith("load_balance_alpha")))] += (
             "; router/aux_mean is the same balance loss at the new coefficient")
     quiet = then["router_noise_std"] == now["router_noise_std"] == 0 and not config.router.uses_bias
+    quiet = quiet and config.router.routing == "token"  # between tokens it does
     if "router_temp" in turned and quiet:
         said.append("without noise the temperature changes the weights, never the choice of experts")
     if config.model.n_moe_layer > 1 and any(name in ROUTES for name in turned):

@@ -85,6 +85,7 @@ class Trainer:
         self.steps_done = self.clipped = self.skipped = 0
         self.whole = True
         self.routed: Routed | None = None  # replaced whole, so that any thread may read it
+        self._sequence_alpha = config.router.sequence_balance_alpha if config.model.n_experts else 0.0
         self._compute = compiled(self.model.compute) if config.compile else self.model.compute
         self._alerts: list[str] = []
 
@@ -191,6 +192,8 @@ class Trainer:
             for coefficient, term in (("load_balance_alpha", "balance"), ("router_z_loss_coef", "z")):
                 if coefficient in t:
                     loss = loss + t[coefficient] * out.losses[term]
+            if self._sequence_alpha:
+                loss = loss + self._sequence_alpha * out.losses["sequence"]
             (loss / optim.gradient_accumulation_steps).backward()
             report = pack(out) if report is None else report + pack(out)
         ghats = []
@@ -237,8 +240,8 @@ class Trainer:
         share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
         routed = {}
         if self.config.model.n_experts:
-            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0))
-        aux = routed.get("router/aux_mean", 0.0)
+            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0), self.config.router)
+        aux = routed.get("router/aux_mean", 0.0) + routed.get("router/seq_aux_mean", 0.0)
         z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
         if routed and optim.skips_starved:
             routed["optim/starved_skipped"] = float((reading.shares[1] == 0).sum())

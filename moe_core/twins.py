@@ -1,4 +1,4 @@
-"""A MoE beside a dense model of the same size, as a token sees it: equal active parameters."""
+"""A MoE beside a model of the same size, as a token sees it: equal active parameters, dense or finer grained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_core.optim import parameter_groups
 
 
 def active_params(config: RunConfig) -> int:
-    """Weights in the matrices that one token is multiplied with: K experts of E, the router, the tied head.
+    """Weights in the matrices that one token is multiplied with: K experts of E, shared ones, router, tied head.
 
     Counted on the model itself, by module. Embedding look-ups, learned positions, norms and biases are not in it.
     """
@@ -50,3 +50,23 @@ def moe_twin(dense: RunConfig, n_experts: int = 8, **changes) -> RunConfig:
         raise ConfigError(f"n_experts = {n_experts}: must be smaller, or top_k; the dense model's MLP of width "
                           f"{dense.model.ff_width} is too small to be split")
     return dataclasses.replace(narrow, model=dataclasses.replace(narrow.model, expert_width=width))
+
+
+def finer(config: RunConfig, times: int) -> RunConfig:
+    """The MoE with ``times`` as many experts, each ``times`` as narrow, of which a token meets ``times`` as many: fine-
+    grained experts (Dai et al. 2024, DeepSeekMoE).
+
+    As many weights in experts, held and met, shared ones included; only the router grows, by its rows. Shares are read
+    as before, as shares of assignments, beside a fair share of 1/E that is ``times`` as small. Raises ConfigError for a
+    dense model, and where the width cannot be divided into multiples of 8.
+    """
+    model, router = config.model, config.router
+    if not model.n_experts:
+        raise ConfigError("n_experts = 0: must be at least 1 for experts that are to be made finer")
+    if isinstance(times, bool) or not isinstance(times, int) or times < 1:
+        raise ConfigError(f"times = {times!r}: must be a whole number, at least 1")
+    if model.ff_width % (8 * times):
+        raise ConfigError(f"times = {times}: expert_width = {model.ff_width} must be a multiple of {8 * times}, so "
+                          "that each part is a multiple of 8")
+    return config.replace(n_experts=times * model.n_experts, top_k=times * router.top_k,
+                          expert_width=model.ff_width // times, n_shared_experts=times * model.n_shared_experts)

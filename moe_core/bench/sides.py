@@ -23,9 +23,10 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 def dense_twin(config: RunConfig) -> RunConfig:
-    """The dense model that spends as much on a token: an MLP as wide as its K experts together."""
-    return config.replace(n_experts=0, mlp="swiglu", top_k=1, norm_topk_prob=False, expert_width=None,
-                          mlp_width=config.router.top_k * config.model.ff_width)
+    """The dense model that spends as much on a token: an MLP as wide as the experts that it meets together."""
+    return config.replace(n_experts=0, n_shared_experts=0, mlp="swiglu", top_k=1, norm_topk_prob=False,
+                          expert_width=None,
+                          mlp_width=config.router.top_k * config.model.ff_width + config.model.shared_width)
 
 
 def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str = "grouped", *,

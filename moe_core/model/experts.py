@@ -4,7 +4,7 @@ Both compute ``y_t = sum_k w_tk * down_e(silu(gate_e(x_t)) * up_e(x_t))`` over t
 gate, up and down are matrices, with a bias each where the config says so.
 
 Shapes: T tokens, D model width, F expert width, E experts, K picks of a token, N = T * K assignments, M rows of
-the grouped products (N, and those that fill up).
+the grouped products (N, and those that fill up), C tokens that an expert took where experts choose.
 """
 
 from __future__ import annotations
@@ -144,6 +144,27 @@ def alignment(x_TD: Tensor) -> int:
     return 32 if x_TD.device.type == "cpu" and x_TD.dtype is not torch.float32 else 1
 
 
+def _experts_taken(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
+                   biases: Biases | None) -> Tensor:
+    """Where experts choose, each has C rows: one batched product per weight, [T, D] -> [T, D].
+
+    A token's parts are added with ``index_add``, whose order is fixed on a CPU and not on CUDA.
+    """
+    token_N = routing.tokens_EC.flatten()
+    rows_ECD = x_TD.index_select(0, token_N).unflatten(0, routing.tokens_EC.shape)
+    gate_ECF, up_ECF = rows_ECD @ w_gate, rows_ECD @ w_up
+    if biases is not None:
+        gate_ECF, up_ECF = gate_ECF + biases.gate[:, None], up_ECF + biases.up[:, None]
+    out_ECD = (F.silu(gate_ECF) * up_ECF) @ w_down
+    if biases is not None:
+        out_ECD = out_ECD + biases.down[:, None]
+    # From the token's order of preference to that of the experts.
+    weights_TE = torch.zeros_like(routing.weights_TK).scatter(1, routing.experts_TK, routing.weights_TK)
+    weights_EC = weights_TE.t().gather(1, routing.tokens_EC)
+    parts_ND = (out_ECD * weights_EC.unsqueeze(-1)).flatten(0, 1)
+    return parts_ND.new_zeros(x_TD.shape).index_add(0, token_N, parts_ND).to(x_TD.dtype)
+
+
 def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
                     biases: Biases | None = None) -> Tensor:
     """Sort by expert, one grouped matrix product per weight, sort back: [T, D] -> [T, D].
@@ -163,6 +184,8 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
         raise ValueError(f"grouped experts in {dtype} need widths that are multiples of {multiple}, "
                          f"not {D} x {width_F}; experts_impl='loop' takes any")
 
+    if routing.tokens_EC is not None:
+        return _experts_taken(x_TD, routing, w_gate, w_up, w_down, biases)
     order = Order.of(routing.experts_TK, len(w_gate), alignment(x_TD))
     rows_MD = _Dispatch.apply(x_TD, order, K)
     gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_core.config import ConfigError
 from moe_core.model.attention import rope_tables
 from moe_core.model.router import RouterControls, Routing
 from moe_core.model.transformer import Transformer
@@ -143,7 +144,7 @@ def stream(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     ``block_size``, since a model was never trained beyond it. ``temperature`` 0 takes the likeliest token; else the
     logits are divided by it, and one is drawn by ``generator`` (on the model's device) from the ``top_k`` likeliest,
     and from the fewest whose probabilities come to ``top_p`` (nucleus sampling, Holtzman et al. 2020). Both None is
-    from all. Raises ValueError, before anything is read.
+    from all. Raises ValueError, before anything is read; ConfigError where experts choose.
     """
     length = _checked(model, prompts, max_new_tokens, temperature, top_k, top_p)
     new_tokens = length - max(map(len, prompts))
@@ -191,6 +192,9 @@ def _checked(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
              top_k: int | None, top_p: float | None) -> int:
     """The length that a row may come to. Raises ValueError for what cannot be."""
     size, vocab_size = model.config.block_size, model.config.vocab_size
+    if model.config.n_experts and model.router_config.routing == "expert":
+        raise ConfigError("routing = 'expert': must be 'token' for generation; experts choose among all tokens of a "
+                          "text, and those to come are not written yet")
     if not prompts or not all(map(len, prompts)):
         raise ValueError("prompt: must have at least one token; a run's end-of-text token begins a new document")
     for prompt in prompts:

@@ -17,7 +17,7 @@ def _dense_weights(model: ModelConfig) -> int:
 def _block_weights(model: ModelConfig, n_experts: int) -> int:
     """Weights in the matrices of all blocks, with ``n_experts`` of a layer's experts (those held, or those met)."""
     D = model.d_model
-    routed = D * model.n_experts + n_experts * 3 * D * model.ff_width
+    routed = D * model.n_experts + 3 * D * (n_experts * model.ff_width + model.shared_width)
     n_dense = model.n_layer - model.n_moe_layer
     return (model.n_layer * _attention_weights(model) + n_dense * _dense_weights(model)
             + model.n_moe_layer * routed)
@@ -32,6 +32,8 @@ def _vectors(model: ModelConfig) -> int:
         attention = (2 + (model.attn_gate != "none")) * D + 2 * model.kv_heads * model.head_dim
         dense = (2 if model.mlp == "swiglu" else 1) * model.dense_width + D
         routed = model.n_experts * (2 * model.ff_width + D)
+        if model.n_shared_experts:
+            routed += 2 * model.shared_width + D
         count += model.n_layer * attention + n_dense * dense + model.n_moe_layer * routed
     return count
 
@@ -45,8 +47,8 @@ def count_params(model: ModelConfig) -> int:
 def flops_per_token(model: ModelConfig, top_k: int, seq_len: int | None = None) -> int:
     """Forward and backward, in the PaLM convention (Chowdhery et al. 2022, appendix B).
 
-    Six for each matrix weight that a token meets (K experts of E, the tied head, no norms), and 12 D S in each
-    block for attention, not halved for causality. ``seq_len`` None is ``block_size``.
+    Six for each matrix weight that a token meets (K experts of E, shared ones, the tied head, no norms), and 12 D S in
+    each block for attention, not halved for causality. ``seq_len`` None is ``block_size``.
     """
     attention = 12 * model.n_layer * model.d_model * (seq_len or model.block_size)
     return 6 * (_block_weights(model, top_k) + model.vocab_size * model.d_model) + attention

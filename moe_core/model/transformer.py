@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     from moe_core.model.generate import LayerCache
 
 
+TERMS = ("balance", "sequence", "z")  # losses of a router, in Output's order
+
+
 @dataclass(frozen=True)
 class Output:
-    """What one forward gives. The total to minimise is ``ce + alpha * balance + z_coef * z``."""
+    """What one forward gives. The total to minimise is ``ce + alpha * balance + z_coef * z``, and where the config
+    says so a coefficient times ``sequence``.
+    """
 
-    losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance" and "z", means over L, for a MoE
-    balance_L: Tensor | None  # detached, of each layer; None when dense, as the two below
+    losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance", "sequence", "z", means over L, for a MoE
+    balance_L: Tensor | None  # detached, of each layer; None when dense, as all below
+    sequence_L: Tensor | None
     z_L: Tensor | None
     stats: RouterStats | None  # each tensor with a leading L
     router_logits: tuple[Tensor, ...] | None  # of each layer, raw, detached: float32 [T, E], not copied together
@@ -40,13 +46,13 @@ class Output:
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a dense block: SwiGLU (Shazeer 2020) or GELU."""
+    """A feed-forward part that every token meets: SwiGLU (Shazeer 2020) or GELU, of the config's ``kind``."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, width_F: int, kind: str):
         super().__init__()
-        width_D, width_F = config.d_model, config.dense_width
+        width_D = config.d_model
         self.up_proj = Linear(width_D, width_F, config.bias)
-        self.gate_proj = Linear(width_D, width_F, config.bias) if config.mlp == "swiglu" else None
+        self.gate_proj = Linear(width_D, width_F, config.bias) if kind == "swiglu" else None
         self.down_proj = Linear(width_F, width_D, config.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -57,18 +63,24 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """The feed-forward part of a MoE block: a router, and the experts it sends each token to."""
+    """The feed-forward part of a MoE block: a router, and the experts it sends each token to.
+
+    ``shared`` (Dai et al. 2024, DeepSeekMoE) is what every token meets besides, whatever the router says of it: the
+    config's shared experts side by side, which is one SwiGLU of their widths together. None where there are none.
+    """
 
     def __init__(self, model: ModelConfig, router: RouterConfig, experts_impl: str):
         super().__init__()
         self.router = Router(model.d_model, model.n_experts, router, model.router_bias)
         self.experts = Experts(model.n_experts, model.d_model, model.ff_width, experts_impl, model.bias)
+        self.shared = MLP(model, model.shared_width, "swiglu") if model.n_shared_experts else None
 
     def forward(self, x_BSD: Tensor, controls: RouterControls, noise_TE: Tensor | None,
                 bias_E: Tensor | None) -> tuple[Tensor, Routing]:
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, controls, noise_TE, bias_E)
-        return self.experts(x_TD, routing).view_as(x_BSD), routing
+        routing = self.router(x_TD, controls, noise_TE, bias_E, len(x_BSD))
+        y_BSD = self.experts(x_TD, routing).view_as(x_BSD)
+        return y_BSD if self.shared is None else y_BSD + self.shared(x_BSD), routing
 
 
 class Block(nn.Module):
@@ -80,7 +92,8 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(model.d_model, model.norm_eps)
         self.attn = Attention(model)
         self.mlp_norm = RMSNorm(model.d_model, model.norm_eps)
-        self.mlp = MoE(model, router, experts_impl) if routed else MLP(model)
+        self.mlp = MoE(model, router, experts_impl) if routed else MLP(
+            model, model.dense_width, model.mlp)
 
     def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, controls: RouterControls | None,
                 noise_TE: Tensor | None, bias_E: Tensor | None, kept_2BSD: Tensor | None,
@@ -197,7 +210,7 @@ class Transformer(nn.Module):
         if return_logits or targets_BS is None:
             logits_BSV = F.linear(x_BSD, self.embed.weight.to(x_BSD.dtype))
 
-        losses, balance_L, z_L, stats, router_logits = {}, None, None, None, None
+        losses, of_layers, stats, router_logits = {}, [None] * 3, None, None
         if targets_BS is not None:
             targets = targets_BS.flatten()
             losses["ce"] = (linear_cross_entropy(x_BSD.flatten(0, 1), self.embed.weight, targets)
@@ -205,13 +218,12 @@ class Transformer(nn.Module):
         if routings:
             # Each layer has its own product, then the mean: pooled demand would hide layers that collapse
             # on different experts.
-            balance_L = torch.stack([r.balance_loss for r in routings])
-            z_L = torch.stack([r.z_loss for r in routings])
-            losses |= {"balance": balance_L.mean(), "z": z_L.mean()}
-            balance_L, z_L = balance_L.detach(), z_L.detach()
+            of_layers = [torch.stack([getattr(r, f"{name}_loss") for r in routings]) for name in TERMS]
+            losses |= {name: term_L.mean() for name, term_L in zip(TERMS, of_layers, strict=True)}
+            of_layers = [term_L.detach() for term_L in of_layers]
             stats = RouterStats.stack([r.stats for r in routings])
             router_logits = tuple(r.logits_TE for r in routings)
-        return Output(losses, balance_L, z_L, stats, router_logits, logits_BSV)
+        return Output(losses, *of_layers, stats, router_logits, logits_BSV)
 
     def num_params(self) -> int:
         """Every parameter once (the output head is the embedding), from the structure alone."""

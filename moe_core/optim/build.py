@@ -48,9 +48,9 @@ _RULES = {"adamw": ("adamw", "adamw"), "muon_adamw": ("muon", "adamw"), "muon_so
 def parameter_groups(model: nn.Module) -> dict[str, list[Tensor]]:
     """Every parameter in exactly one group, chosen by the module that owns it.
 
-    "embed": token embedding (the head too) and learned positions; "attention", "mlp" (dense) and "experts":
-    matrices; "router": its matrix; "vectors": norms and all biases. Groups that stay empty are left out. Raises
-    ConfigError for a parameter of any other module.
+    "embed": token embedding (the head too) and learned positions; "attention", "mlp" (dense, and shared
+    experts) and "experts": matrices; "router": its matrix; "vectors": norms and all biases. Groups that stay empty are
+    left out. Raises ConfigError for a parameter of any other module.
     """
     groups: dict[str, list[Tensor]] = {
         name: [] for name in ("embed", "attention", "mlp", "experts", "router", "vectors")}

@@ -89,6 +89,29 @@ def test_each_way_of_balancing_has_its_knobs_its_loss_and_its_metrics(make, bala
     assert ("router/bias_max" in m) == ("bias_update_speed" in knobs) == ("balance_bias" in trainer.model.state_dict())
 
 
+def test_the_sequence_term_is_minimised_and_charted_beside_any_way_of_balancing(make):
+    """Part of train/loss and its gradient with "none" too; per layer; absent where its coefficient is 0."""
+    plain = make(balance="none")
+    assert not any("seq_aux" in name for name in plain.step().metrics)
+    after, seen = [], []
+    for alpha in (1e-6, 0.5):
+        trainer = make(balance="none", sequence_balance_alpha=alpha, router_noise_std_init=0.0)
+        with torch.no_grad():
+            for block in trainer.model.blocks:
+                block.mlp.router.bias[2] = 1.5
+        m = trainer.step().metrics
+        assert m["train/loss"] == pytest.approx(
+            m["train/ce"] + m["router/seq_aux_mean"] + m["router/z_loss_coef"] * m["router/z_mean"])
+        layers = [m[f"router/seq_aux_mean/layer_{layer}"] for layer in range(2)]
+        assert m["router/seq_aux_mean"] == pytest.approx(sum(layers) / 2)
+        seen.append(m["router/seq_aux_mean"] / alpha)
+        for _ in range(20):
+            m = trainer.step().metrics
+        after.append(m["router/seq_aux_mean"] / alpha)
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5) and seen[0] > 1.2
+    assert after[1] < 1 + 0.5 * (after[0] - 1)  # where it counts, each sequence becomes more even
+
+
 def test_without_the_loss_alpha_has_no_gradient(make):
     """With "none" two values of alpha train the same model; with "aux" they do not."""
     for balance, same in (("none", True), ("bias", True), ("aux", False)):

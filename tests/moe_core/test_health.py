@@ -223,3 +223,59 @@ def test_a_collapse_provoked_in_training_is_found_at_once_and_its_levers_bring_t
         run.knobs[lever.knob].hold(lever.value_to)
     run.step(150)
     assert not [f for f in run.health() if f.rule == "collapsed"]
+
+
+def biased(E=8, K=1):
+    """A healthy run that a bias balances, with each layer's shares, as they are read from a run's file."""
+    frame = healthy(E=E, K=K).drop(columns=["router/load_balance_alpha"]).copy()
+    z = math.log(E) ** 2
+    per_layer = {f"router/frac_srv_e{e}/layer_{i}": frame[f"router/frac_srv_e{e}"] for e in range(E) for i in range(4)}
+    for where in ("", *(f"/layer_{i}" for i in range(4))):
+        per_layer[f"router/z_mean{where}"] = np.full(len(frame), z)
+    more = pd.DataFrame({"router/bias_update_speed": np.full(len(frame), 1e-3), **per_layer}, index=frame.index)
+    return pd.concat([frame, more], axis=1)
+
+
+BIASED = {"router_temp": 1.0, "router_z_loss_coef": 1e-3, "bias_update_speed": 1e-3}
+
+
+@pytest.mark.parametrize("E, K", [(8, 1), (8, 2), (4, 1), (16, 1), (64, 6)])
+def test_a_healthy_run_that_a_bias_balances_has_no_finding(E, K):
+    assert findings(biased(E, K), BIASED, E, K) == []
+
+
+def test_where_a_bias_balances_an_expert_under_5_percent_alarms_and_the_bias_is_the_lever():
+    """At 4.9 %; at 5.1 % not; without a bias it is watched. The speed is raised first."""
+    frame = put(biased(), "router/frac_srv_e3", 0.049)
+    found, = [f for f in findings(frame, BIASED, 8) if f.rule == "starved"]
+    assert (found.level, found.metric, found.levers[0].text) == (
+        "alarm", "router/frac_srv_e3", "bias_update_speed 0.001 -> 0.002")
+    assert not [f for f in findings(put(biased(), "router/frac_srv_e3", 0.051), BIASED, 8) if f.rule == "starved"]
+    watched, = findings(put(healthy(), "router/frac_srv_e3", 0.049), EXPERIMENT_1, 8)
+    assert watched.level == "watch"
+
+
+def test_shares_that_stay_apart_say_that_the_bias_is_too_slow_and_shares_that_swing_do_not():
+    """One layer in which half of the experts have 1.31 fair shares and half 0.69; not at 1.29, nor in swings."""
+    def frame(by, swings=False):
+        made = biased()
+        for e in range(8):
+            sign = (-1.0) ** (e + (np.arange(50) if swings else np.zeros(50)))
+            made = put(made, f"router/frac_srv_e{e}/layer_2", (1 + by * sign) / 8)
+        return made
+    found, = findings(frame(0.31), BIASED, 8)
+    assert (found.level, found.rule, found.layer) == ("watch", "uneven", 2)
+    assert "8.6% to 16.4%" in found.text and found.high == pytest.approx(0.3 / 8)
+    assert [lever.text for lever in found.levers] == ["bias_update_speed 0.001 -> 0.002"]
+    assert findings(frame(0.29), BIASED, 8) == findings(frame(0.5, swings=True), BIASED, 8) == []
+    assert "uneven" not in {rule for _, rule, _ in said(frame(0.31).drop(columns="router/bias_update_speed"))}
+
+
+def test_growing_logits_are_watched_where_a_bias_balances():
+    """A z-loss of 0.01 at the guide's coefficient and E = 8 is a mean square of 10, whatever the coefficient is now."""
+    found, = findings(put(biased(), "router/z_mean", 10.1), BIASED, 8)
+    assert (found.level, found.rule) == ("watch", "z_loss")
+    assert [lever.text for lever in found.levers] == ["router_z_loss_coef 0.001 -> 0.005"]
+    assert findings(put(biased(), "router/z_mean", 9.9), BIASED, 8) == []
+    assert findings(put(biased(64, 6), "router/z_mean", 39.0), BIASED, 64, 6) == []
+    assert "router/bias_update_speed" not in healthy() and said(healthy().assign(**{"router/z_mean": 50.0})) == set()

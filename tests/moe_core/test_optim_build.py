@@ -51,6 +51,16 @@ def test_biases_are_vectors_and_a_dense_block_beside_routed_ones_is_an_mlp(optim
     assert len(groups["mlp"]["params"]) == 3 and len(groups["experts"]["params"]) == 9
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_shared_experts_are_matrices_that_every_token_meets(optimizer):
+    """Three of each routed block, in the group of dense MLPs and under its rule; no stack of experts among them."""
+    config, model = meta_model("nano", optimizer=optimizer, n_shared_experts=2, skip_first_n_moe=1, bias=True)
+    groups = {group["name"]: group for group in build_optimizer(config.optim, model).param_groups}
+    shared = [p for name, p in model.named_parameters() if ".shared." in name and p.ndim == 2]
+    assert len(shared) == 9 and set(groups["mlp"]["params"]).issuperset(shared)
+    assert len(groups["mlp"]["params"]) == 9 + 3 and groups["mlp"]["rule"] == groups["attention"]["rule"]
+
+
 def test_the_routers_place_is_an_option():
     """Its matrix goes to Muon when asked, its bias never; under AdamW alone the option changes nothing."""
     for optimizer, place, rule in (("muon_adamw", "aux", "adamw"), ("muon_adamw", "muon", "muon"),

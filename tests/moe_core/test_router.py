@@ -45,6 +45,47 @@ def test_literal_weights_of_two_picks(norm, weights):
     torch.testing.assert_close(routing.weights_TK, torch.tensor(weights))
 
 
+@pytest.mark.parametrize("norm, weights", [
+    (False, [[0.8, 0.5], [0.75, 0.6]]),
+    (True, [[8 / 13, 5 / 13], [5 / 9, 4 / 9]]),
+])
+def test_literal_weights_with_sigmoid_scores(norm, weights):
+    """Each expert's score stands by itself; losses and statistics read the three scores divided by their sum."""
+    scores = torch.tensor([[0.8, 0.5, 0.2], [0.1, 0.6, 0.75]])
+    routing = route(scores.logit(), PLAIN, top_k=2, router_scores="sigmoid", norm_topk_prob=norm)
+    assert routing.experts_TK.tolist() == [[0, 1], [2, 1]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor(weights))
+    q = scores / scores.sum(-1, keepdim=True)
+    assert routing.stats.top1_p.item() == pytest.approx((q[0, 0] + q[1, 2]).item() / 2)
+    assert routing.stats.entropy.item() == pytest.approx(-(q * q.log()).sum(-1).mean().item())
+    shares = torch.tensor([1, 2, 1]) / 4
+    assert routing.balance_loss.item() == pytest.approx(3 * (shares * q.mean(0)).sum().item())
+
+
+def test_sigmoid_picks_whom_softmax_picks_and_lets_the_loss_reach_each_score(generator):
+    """Noise and bias are added to the tempered logit in both; with K = 1 a weight's gradient is sigmoid's own."""
+    logits, noise = torch.randn(100, 8, generator=generator), draw_noise("gumbel", (100, 8), generator)
+    bias = torch.randn(8, generator=generator)
+    pair = [route(logits, controls(0.6, 0.7), noise, bias, top_k=3, router_scores=s) for s in ("softmax", "sigmoid")]
+    assert torch.equal(pair[0].experts_TK, pair[1].experts_TK)
+    torch.testing.assert_close(pair[1].weights_TK, (logits / 0.6).sigmoid().gather(1, pair[1].experts_TK))
+    assert torch.equal(pair[0].z_loss, pair[1].z_loss)
+    logits.requires_grad_()
+    routing = route(logits, controls(0.6), top_k=1, router_scores="sigmoid")
+    grad, = torch.autograd.grad(routing.weights_TK.sum(), logits)
+    p = (logits.detach() / 0.6).sigmoid()
+    expected = torch.zeros(100, 8).scatter(1, routing.experts_TK, (p * (1 - p) / 0.6).gather(1, routing.experts_TK))
+    torch.testing.assert_close(grad, expected)
+
+
+def test_normalised_sigmoid_weights_stay_finite_where_scores_underflow():
+    """Scores of exp(-200) and exp(-201) are 0 in float32; their weights still add up to 1."""
+    routing = route(torch.tensor([[-200.0, -201.0, -300.0]]), PLAIN, top_k=2, router_scores="sigmoid",
+                    norm_topk_prob=True)
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[1.0, 0.0]]).softmax(-1))
+    assert routing.balance_loss.isfinite() and routing.stats.entropy.item() == pytest.approx(0.5822, abs=1e-3)
+
+
 def test_a_full_expert_drops_later_tokens():
     """Capacity 2 of each expert: the third token that asks for expert 0 is dropped, and stays in demand."""
     logits = torch.eye(2)[[0, 0, 0, 1]]
@@ -120,6 +161,20 @@ def test_balance_loss_pushes_the_crowded_expert_down(generator):
     route(logits, PLAIN, top_k=1).balance_loss.backward()
     assert logits.grad.mean(0).argmax() == 0
     assert logits.grad.mean(0)[0] > 1e-4
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_the_sequence_loss_is_the_mean_of_the_balance_losses_of_the_sequences(generator, scores):
+    """Its value and its gradient; two sequences that each collapse, on different experts, do not hide in it."""
+    logits = torch.randn(5 * 12, 6, generator=generator).requires_grad_()
+    how = dict(top_k=2, router_scores=scores)
+    whole = route(logits, controls(0.7), n_sequences=5, **how).sequence_loss
+    each = torch.stack([route(part, controls(0.7), **how).balance_loss for part in logits.chunk(5)]).mean()
+    torch.testing.assert_close(whole, each)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (whole, each)))
+    collapsed = 100 * torch.eye(2)[[0, 0, 0, 1, 1, 1]]
+    routing = route(collapsed, PLAIN, top_k=1, n_sequences=2)
+    assert routing.balance_loss.item() == pytest.approx(1) and routing.sequence_loss.item() == pytest.approx(2)
 
 
 def test_z_loss_is_of_the_raw_logits(generator):

@@ -23,6 +23,10 @@ VARIANTS = {
     "one dense block first, biases": dict(skip_first_n_moe=1, mlp_width=40, bias=True, n_kv_heads=2, top_k=2),
     "two dense gelu blocks first, bias balancing": dict(skip_first_n_moe=2, mlp="gelu", balance="bias"),
     "no router bias": dict(router_bias=False),
+    "sigmoid scores": dict(router_scores="sigmoid", top_k=2, balance="bias"),
+    "expert choice, capacity": dict(routing="expert", dropless=False, balance="none", n_shared_experts=1),
+    "shared experts": dict(n_shared_experts=2, skip_first_n_moe=1, mlp="gelu"),
+    "shared expert, biases, capacity": dict(n_shared_experts=1, bias=True, dropless=False, capacity_factor=0.5),
     "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
 }
 
@@ -339,6 +343,22 @@ def test_dense_blocks_come_first_and_have_no_part_in_the_routers_numbers():
     assert output.stats.demand_E.shape == (1, 4) and len(output.router_logits) == 1
     assert model.draw(batch()[0], rng())[0].shape == (1, 64, 4)
     torch.testing.assert_close(output.losses["balance"], output.balance_L[0])
+
+
+def test_shared_experts_see_every_token_also_those_that_were_dropped():
+    """What a routed block adds is its experts' part, 0 for a dropped token, and the same SwiGLU of every token."""
+    config = TINY.replace(n_shared_experts=2, dropless=False, capacity_factor=0.2)
+    moe = lively(config, seed=int(torch.seed() % 2**31)).blocks[0].mlp
+    x = torch.randn(3, 16, 32)
+    y, routing = moe(x, RouterControls.constant(1.0, 0.0, 0.2), None, None)
+    gate, up, down = (p.weight for p in (moe.shared.gate_proj, moe.shared.up_proj, moe.shared.down_proj))
+    assert gate.shape == up.shape == (2 * 24, 32)
+    shared = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    torch.testing.assert_close(y, shared + moe.experts(x.flatten(0, 1), routing).view_as(x))
+    dropped = ~routing.kept_TK.any(-1).view(3, 16)
+    assert dropped.sum() > 16
+    torch.testing.assert_close(y[dropped], shared[dropped])
+    assert (y[dropped].abs().amax(-1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("variant", ["one dense block first, biases", "dense gelu, biases"])
