@@ -9,86 +9,39 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+
+from moe_core.checked import Checked, ConfigError, field_of
 
 OPTIMIZERS = ("adamw", "muon_adamw", "muon_sophia", "sophia")
 MIRRORS = ("wandb", "tensorboard", "trackio")
 
 
-class ConfigError(ValueError):
-    """A field that cannot be: one line with the field, the value and what would be right."""
-
-
-def _field(default, *, ge=None, gt=None, le=None, lt=None, choices=None):
-    return field(default=default, metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices})
-
-
-def _matches(value, hint) -> bool:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spoken(hint) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spoken(option) for option in typing.get_args(hint))
-    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
-            type(None): "None"}.get(hint, hint.__name__)
-
-
-class _Checked:
-    """Types and ranges of a frozen dataclass, from its annotations and its fields' metadata."""
-
-    def __post_init__(self):
-        hints = typing.get_type_hints(type(self))
-        for f in fields(self):
-            value, bound = getattr(self, f.name), f.metadata
-            if not _matches(value, hints[f.name]):
-                raise ConfigError(f"{f.name} = {value!r}: must be {_spoken(hints[f.name])}")
-            if value is None or not bound:
-                continue
-            if bound["choices"] and value not in bound["choices"]:
-                raise ConfigError(f"{f.name} = {value!r}: must be one of {', '.join(map(repr, bound['choices']))}")
-            for key, holds, words in (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
-                                      ("le", lambda v, b: v <= b, "at most"), ("lt", lambda v, b: v < b, "less than")):
-                if bound[key] is not None and not holds(value, bound[key]):
-                    raise ConfigError(f"{f.name} = {value!r}: must be {words} {bound[key]}")
-        self._check()
-
-    def _check(self):
-        """What no single field can say; each dataclass overrides it where it has such rules."""
-
-
 @dataclass(frozen=True)
-class ModelConfig(_Checked):
+class ModelConfig(Checked):
     """The architecture. ``n_experts=0`` makes every block dense."""
 
-    vocab_size: int = _field(32768, ge=2)
-    n_layer: int = _field(10, ge=1)
-    n_head: int = _field(8, ge=1)
-    n_kv_heads: int | None = _field(None, ge=1)  # None: as many as n_head (no GQA)
-    d_model: int = _field(512, ge=8)
-    block_size: int = _field(2048, ge=2)
-    n_experts: int = _field(8, ge=0)
-    skip_first_n_moe: int = _field(0, ge=0)  # dense blocks before the first routed one
-    expert_width: int | None = _field(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
-    n_shared_experts: int = _field(0, ge=0)  # of expert_width each, beside the routed ones; every token meets them
-    mlp: str = _field("swiglu", choices=("swiglu", "gelu"))  # of a dense block
-    mlp_width: int | None = _field(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
-    attn_gate: str = _field("none", choices=("none", "sigmoid_head"))
+    vocab_size: int = field_of(32768, ge=2)
+    n_layer: int = field_of(10, ge=1)
+    n_head: int = field_of(8, ge=1)
+    n_kv_heads: int | None = field_of(None, ge=1)  # None: as many as n_head (no GQA)
+    d_model: int = field_of(512, ge=8)
+    block_size: int = field_of(2048, ge=2)
+    n_experts: int = field_of(8, ge=0)
+    skip_first_n_moe: int = field_of(0, ge=0)  # dense blocks before the first routed one
+    expert_width: int | None = field_of(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
+    n_shared_experts: int = field_of(0, ge=0)  # of expert_width each, beside the routed ones; every token meets them
+    mlp: str = field_of("swiglu", choices=("swiglu", "gelu"))  # of a dense block
+    mlp_width: int | None = field_of(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
+    attn_gate: str = field_of("none", choices=("none", "sigmoid_head"))
     qk_norm: bool = False
-    qk_norm_eps: float = _field(1e-6, gt=0)
+    qk_norm_eps: float = field_of(1e-6, gt=0)
     use_rope: bool = True  # False: learned positions
-    rope_theta: float = _field(10000.0, gt=0)
-    norm_eps: float = _field(1e-6, gt=0)
-    dropout: float = _field(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
+    rope_theta: float = field_of(10000.0, gt=0)
+    norm_eps: float = field_of(1e-6, gt=0)
+    dropout: float = field_of(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
     bias: bool = False  # of every linear layer, experts included, but not the router
     router_bias: bool = True  # of the router's logits; what is to become a Hugging Face model can have none
 
@@ -139,26 +92,26 @@ class ModelConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class RouterConfig(_Checked):
+class RouterConfig(Checked):
     """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
 
-    routing: str = _field("token", choices=("token", "expert"))  # who chooses whom
-    top_k: int = _field(1, ge=1)  # experts a token; on average, and at a capacity_factor of 1, where experts choose
-    router_scores: str = _field("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
+    routing: str = field_of("token", choices=("token", "expert"))  # who chooses whom
+    top_k: int = field_of(1, ge=1)  # experts a token; on average, and at a capacity_factor of 1, where experts choose
+    router_scores: str = field_of("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
     norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
     dropless: bool = True
-    capacity_factor: float = _field(1.25, gt=0)  # used when not dropless
-    balance: str = _field("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
-    bias_update_speed: float = _field(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
-    load_balance_alpha: float = _field(0.05, ge=0)
-    sequence_balance_alpha: float = _field(0.0, ge=0)  # of the balance loss within each sequence, beside any of these
-    router_z_loss_coef: float = _field(1e-3, ge=0)
-    router_temp_init: float = _field(1.5, gt=0)
-    router_temp_final: float = _field(1.0, gt=0)
-    router_temp_anneal_iters: int = _field(1000, ge=0)
-    router_noise_std_init: float = _field(0.5, ge=0)
-    router_noise_decay_iters: int = _field(1000, ge=0)
-    router_noise_type: str = _field("gumbel", choices=("gumbel", "gaussian"))
+    capacity_factor: float = field_of(1.25, gt=0)  # used when not dropless
+    balance: str = field_of("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
+    bias_update_speed: float = field_of(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
+    load_balance_alpha: float = field_of(0.05, ge=0)
+    sequence_balance_alpha: float = field_of(0.0, ge=0)  # of the balance loss within each sequence, beside any of these
+    router_z_loss_coef: float = field_of(1e-3, ge=0)
+    router_temp_init: float = field_of(1.5, gt=0)
+    router_temp_final: float = field_of(1.0, gt=0)
+    router_temp_anneal_iters: int = field_of(1000, ge=0)
+    router_noise_std_init: float = field_of(0.5, ge=0)
+    router_noise_decay_iters: int = field_of(1000, ge=0)
+    router_noise_type: str = field_of("gumbel", choices=("gumbel", "gaussian"))
 
     def _check(self):
         if self.top_k == 1 and self.norm_topk_prob:
@@ -184,7 +137,7 @@ class RouterConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class DataConfig(_Checked):
+class DataConfig(Checked):
     """What is read.
 
     ``dataset_name``: "stdlib" (the embedded corpus), a path to text, .jsonl or .parquet, a path to an array of token
@@ -197,13 +150,13 @@ class DataConfig(_Checked):
     val_split: str | None = None  # None: validation documents are chosen by the hash of their text
     text_key: str = "text"
     tokenizer: str | None = None  # a name or folder for AutoTokenizer; None: trained on the training text
-    val_fraction: float = _field(0.05, gt=0, lt=1)
+    val_fraction: float = field_of(0.05, gt=0, lt=1)
     val_data: str | None = None  # token ids for validation, where dataset_name is an array; None: its end
-    token_dtype: str = _field("uint16", choices=("uint16", "uint32", "int32", "int64"))  # of a .bin
-    shuffle_buffer: int = _field(8192, ge=1)  # windows that a stream is shuffled among
-    eval_take: int = _field(512, ge=1)  # validation documents taken from a stream
-    num_workers: int = _field(0, ge=0)  # processes that tokenise a stream beside training; 0: in a thread
-    prefetch_factor: int = _field(2, ge=1)  # ready ahead, a worker: chunks of a stream's text, or batches for a GPU
+    token_dtype: str = field_of("uint16", choices=("uint16", "uint32", "int32", "int64"))  # of a .bin
+    shuffle_buffer: int = field_of(8192, ge=1)  # windows that a stream is shuffled among
+    eval_take: int = field_of(512, ge=1)  # validation documents taken from a stream
+    num_workers: int = field_of(0, ge=0)  # processes that tokenise a stream beside training; 0: in a thread
+    prefetch_factor: int = field_of(2, ge=1)  # ready ahead, a worker: chunks of a stream's text, or batches for a GPU
 
     def _check(self):
         for name in ("dataset_name", "text_key", "split"):
@@ -212,42 +165,42 @@ class DataConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class OptimConfig(_Checked):
+class OptimConfig(Checked):
     """Optimizer, rate schedule (linear warmup, cosine to ``min_lr``) and batch. Rates are per optimizer step.
 
     Every group's rate is its own peak times one shape, whose floor is ``min_lr / learning_rate``. The peak is
     ``muon_lr`` for Muon's matrices and, for the rest, ``learning_rate`` under AdamW, ``sophia_lr`` under Sophia.
     """
 
-    optimizer: str = _field("adamw", choices=OPTIMIZERS)
-    learning_rate: float = _field(3e-4, gt=0)
-    min_lr: float = _field(3e-5, ge=0)
-    warmup_iters: int = _field(500, ge=0)
-    lr_decay_iters: int = _field(2000, ge=1)
-    max_iters: int = _field(2000, ge=1)  # the planned length; stepping past it goes on at min_lr
-    weight_decay: float = _field(0.1, ge=0)
-    beta1: float = _field(0.9, ge=0, lt=1)
-    beta2: float = _field(0.95, ge=0, lt=1)
-    grad_clip: float = _field(1.0, gt=0)
-    batch_size: int = _field(8, ge=1)  # sequences a micro-batch
-    gradient_accumulation_steps: int = _field(1, ge=1)
-    embed_lr: float | None = _field(None, gt=0)  # peak of the tied embedding; None: as the rest
-    router_optimizer: str = _field("aux", choices=("aux", "muon"))  # of the router's matrix, in a mix with Muon
-    muon_lr: float = _field(3e-2, gt=0)
-    muon_wd: float = _field(1e-2, ge=0)
-    muon_momentum: float = _field(0.95, ge=0, lt=1)
-    muon_scale: str = _field("original", choices=("original", "match_rms_adamw"))
-    muon_dtype: str = _field("bfloat16", choices=("bfloat16", "float32", "float64"))  # of Newton-Schulz
-    starved_experts: str = _field("reference", choices=("reference", "skip"))  # Muon's, when without tokens
-    sophia_lr: float = _field(1e-3, gt=0)
-    sophia_wd: float = _field(0.2, ge=0)
-    sophia_b1: float = _field(0.965, ge=0, lt=1)
-    sophia_b2: float = _field(0.99, ge=0, lt=1)
-    sophia_rho: float = _field(0.1, gt=0)
-    sophia_eps: float = _field(1e-15, gt=0)
-    sophia_k: int = _field(10, ge=1)  # steps between Hessian passes
-    sophia_k_after: int | None = _field(None, ge=1)  # the same, once sophia_k_switch_step has passed
-    sophia_k_switch_step: int | None = _field(None, ge=1)
+    optimizer: str = field_of("adamw", choices=OPTIMIZERS)
+    learning_rate: float = field_of(3e-4, gt=0)
+    min_lr: float = field_of(3e-5, ge=0)
+    warmup_iters: int = field_of(500, ge=0)
+    lr_decay_iters: int = field_of(2000, ge=1)
+    max_iters: int = field_of(2000, ge=1)  # the planned length; stepping past it goes on at min_lr
+    weight_decay: float = field_of(0.1, ge=0)
+    beta1: float = field_of(0.9, ge=0, lt=1)
+    beta2: float = field_of(0.95, ge=0, lt=1)
+    grad_clip: float = field_of(1.0, gt=0)
+    batch_size: int = field_of(8, ge=1)  # sequences a micro-batch
+    gradient_accumulation_steps: int = field_of(1, ge=1)
+    embed_lr: float | None = field_of(None, gt=0)  # peak of the tied embedding; None: as the rest
+    router_optimizer: str = field_of("aux", choices=("aux", "muon"))  # of the router's matrix, in a mix with Muon
+    muon_lr: float = field_of(3e-2, gt=0)
+    muon_wd: float = field_of(1e-2, ge=0)
+    muon_momentum: float = field_of(0.95, ge=0, lt=1)
+    muon_scale: str = field_of("original", choices=("original", "match_rms_adamw"))
+    muon_dtype: str = field_of("bfloat16", choices=("bfloat16", "float32", "float64"))  # of Newton-Schulz
+    starved_experts: str = field_of("reference", choices=("reference", "skip"))  # Muon's, when without tokens
+    sophia_lr: float = field_of(1e-3, gt=0)
+    sophia_wd: float = field_of(0.2, ge=0)
+    sophia_b1: float = field_of(0.965, ge=0, lt=1)
+    sophia_b2: float = field_of(0.99, ge=0, lt=1)
+    sophia_rho: float = field_of(0.1, gt=0)
+    sophia_eps: float = field_of(1e-15, gt=0)
+    sophia_k: int = field_of(10, ge=1)  # steps between Hessian passes
+    sophia_k_after: int | None = field_of(None, ge=1)  # the same, once sophia_k_switch_step has passed
+    sophia_k_switch_step: int | None = field_of(None, ge=1)
 
     def _check(self):
         if self.min_lr > self.learning_rate:
@@ -263,24 +216,24 @@ class OptimConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class RunConfig(_Checked):
+class RunConfig(Checked):
     """One experiment: its parts, and what belongs to none of them."""
 
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    device: str = _field("auto", choices=("auto", "cpu", "cuda"))
-    seed: int = _field(1337, ge=0)
-    eval_interval: int = _field(200, ge=0)  # steps between validations; 0: never
-    eval_iters: int = _field(50, ge=1)  # batches a validation
-    save_interval: int = _field(0, ge=0)  # steps between checkpoints; 0: only when training rests
-    keep_checkpoints: int = _field(3, ge=1)  # how many of those are kept, beside the last, the best and the named
-    experts_impl: str = _field("grouped", choices=("grouped", "loop"))
-    compute_dtype: str = _field("auto", choices=("auto", "bfloat16", "float32"))  # auto: bfloat16 on CUDA
+    device: str = field_of("auto", choices=("auto", "cpu", "cuda"))
+    seed: int = field_of(1337, ge=0)
+    eval_interval: int = field_of(200, ge=0)  # steps between validations; 0: never
+    eval_iters: int = field_of(50, ge=1)  # batches a validation
+    save_interval: int = field_of(0, ge=0)  # steps between checkpoints; 0: only when training rests
+    keep_checkpoints: int = field_of(3, ge=1)  # how many of those are kept, beside the last, the best and the named
+    experts_impl: str = field_of("grouped", choices=("grouped", "loop"))
+    compute_dtype: str = field_of("auto", choices=("auto", "bfloat16", "float32"))  # auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile the model
     activation_checkpointing: bool = False  # keep each block's input alone, compute the rest again for the gradient
-    log_interval: int = _field(10, ge=1)  # steps between two lines on a console
+    log_interval: int = field_of(10, ge=1)  # steps between two lines on a console
     mirrors: str = ""  # where metrics go beside the run's file: any of wandb, tensorboard, trackio, with commas
     wandb_project: str = "moe-workbench"
     wandb_run_name: str | None = None  # None: the name of the run's directory
@@ -352,7 +305,7 @@ class RunConfig(_Checked):
 
 
 _PARTS = {f.name: typing.get_type_hints(RunConfig)[f.name] for f in fields(RunConfig)
-          if isinstance(f.default, _Checked)}
+          if isinstance(f.default, Checked)}
 _HOME = {f.name: part for part, cls in _PARTS.items() for f in fields(cls)}
 _HOME |= {f.name: "" for f in fields(RunConfig) if f.name not in _PARTS}
 ALIASES = {"max_steps": "max_iters"}

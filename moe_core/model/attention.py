@@ -8,16 +8,12 @@ Shapes: B batch, S sequence, D model width, H query heads, G key and value heads
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_core.config import ModelConfig
-
-if TYPE_CHECKING:
-    from moe_core.model.generate import LayerCache
+from moe_core.model.cache import LayerCache
 
 
 class Linear(nn.Linear):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_core.config import ModelConfig, RouterConfig
 from moe_core.model.attention import Attention, Embedding, Linear, RMSNorm, rope_tables
+from moe_core.model.cache import LayerCache
 from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import Experts
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
 from moe_core.model.size import count_params, flops_per_token
-
-if TYPE_CHECKING:
-    from moe_core.model.generate import LayerCache
-
 
 TERMS = ("balance", "sequence", "z")  # losses of a router, in Output's order
 
