@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_core import effects
+
 
 @dataclass(frozen=True)
 class AB:
@@ -32,6 +34,10 @@ class AB:
         frame = pd.DataFrame({"A": a[moved].mean(), "B": b[moved].mean(), "difference": difference[moved].mean(),
                               "spread": difference[moved].std()})
         return frame.rename_axis("metric")
+
+    def effects(self):
+        """DataFrame: what choosing B over A brought, and whether it stands out from the noise (``moe_core.effects``)."""
+        return effects.effects_of_ab(self)
 
     def keep(self, which: str) -> None:
         """Go on from the end of "A" or "B"."""

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moe_core.effects import LONGEST, design_of_pair, design_of_turn, effects, effects_of_ab
+from moe_core.effects import LONGEST, design_of_pair, design_of_turn, effects
 from moe_core.noise import LEVEL, regress, two_sided
 from moe_core.store import MAIN, RunStore
 
@@ -121,8 +121,8 @@ def test_two_branches_are_compared_step_by_step(tiny_run):
     """The same knobs on both branches differ nowhere; another alpha stands out in its loss term."""
     run = tiny_run(max_steps=200)
     run.step(5)
-    assert effects_of_ab(run.ab({}, {}, steps=25)).empty
-    table = effects_of_ab(run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25))
+    assert run.ab({}, {}, steps=25).effects().empty
+    table = run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25).effects()
     aux = table.set_index("metric").loc["router/aux_mean"]
     assert aux["stands_out"] and aux["low"] > 0 and aux["b"] > aux["a"]
 
