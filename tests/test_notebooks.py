@@ -81,7 +81,7 @@ def test_the_experiment_notebook_ends_in_a_report(tmp_path):
 
 
 def test_the_balancing_notebook_evens_the_load_without_a_loss(tmp_path):
-    """With short runs: five ways on the same batches; a bias ends more even than nothing does, and no loss is in its sum."""
+    """With short runs: a bias ends more even than nothing does, and no loss is in its sum; tables are of the runs."""
     notebook = executed("05_balancing_without_a_loss.ipynb", tmp_path, STEPS=80, SEEDS=1)
     made = Shootout.open(tmp_path / "runs" / "balancing")
     assert list(made.entries) == ["aux", "bias", "both", "none", "bias-slow"] and all(map(made.finished, made.jobs()))
