@@ -9,7 +9,8 @@ Qwen3-Next      per-head QK-norm, sigmoid gate on its output, full everywhere   
 ==============  ==============================================================  =====================================
 
 All have rotary positions, RMSNorm, SwiGLU, no biases and softmax scores. A router's temperature goes into its weight.
-Qwen3-Next multiplies by 1 + w in its norms and has a shared expert, which is zero here.
+Qwen3-Next multiplies by 1 + w in its norms and has a shared expert behind a sigmoid gate. Here the gate's weight is 0,
+so that it passes one half, and the down matrix is doubled, exactly; without shared experts the one there is is zero.
 
 Shapes: D model width, F expert width, E experts, H query heads, C head width.
 """
@@ -25,7 +26,8 @@ from torch import Tensor
 from moe_core.config import ConfigError, ModelConfig, RunConfig
 
 MIXTRAL, QWEN3_MOE, QWEN3_NEXT = "mixtral", "qwen3_moe", "qwen3_next"
-SHARED = 8  # width of the shared expert that Qwen3-Next must have
+SHARED = 8  # width of the shared expert that Qwen3-Next must have, where the model has none
+HALF = 0.5  # what a gate of weight 0 passes
 NORMS = ("attn_norm", "mlp_norm", "attn.q_norm", "attn.k_norm")
 THEIR_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
@@ -40,8 +42,6 @@ def form_of(config: RunConfig) -> str:
         raise refused("n_experts", 0, "those known here are mixtures of experts")
     if not model.use_rope:
         raise refused("use_rope", False, "they have rotary positions, not learned ones")
-    if model.n_shared_experts:
-        raise refused("n_shared_experts", model.n_shared_experts, "that of Qwen3-Next has a gate of its own")
     if router.routing != "token":
         raise refused("routing", router.routing, "their tokens choose the experts")
     if router.router_scores != "softmax":
@@ -52,8 +52,12 @@ def form_of(config: RunConfig) -> str:
         raise refused("qk_norm_eps", model.qk_norm_eps, f"all norms there share one, norm_eps = {model.norm_eps}")
     if model.skip_first_n_moe and model.mlp != "swiglu":
         raise refused("mlp", model.mlp, "their dense blocks are 'swiglu'")
+    next_form = model.qk_norm and model.attn_gate == "sigmoid_head"
+    if model.n_shared_experts and not next_form:
+        raise refused("n_shared_experts", model.n_shared_experts, "the one with such, Qwen3-Next, has qk_norm and "
+                      "attn_gate = 'sigmoid_head'")
     if model.qk_norm:
-        return QWEN3_NEXT if model.attn_gate == "sigmoid_head" else QWEN3_MOE
+        return QWEN3_NEXT if next_form else QWEN3_MOE
     if model.attn_gate != "none":
         raise refused("attn_gate", model.attn_gate, "the one with a gate, Qwen3-Next, has QK-norm too")
     if not router.norm_topk_prob:
@@ -98,7 +102,7 @@ def hf_config(config: RunConfig, form: str, end_of_text: int | None):
     if form == QWEN3_MOE:
         return transformers.Qwen3MoeConfig(**qwen, rope_parameters=rope)
     return transformers.Qwen3NextConfig(
-        **qwen, shared_expert_intermediate_size=SHARED, layer_types=["full_attention"] * m.n_layer,
+        **qwen, shared_expert_intermediate_size=m.shared_width or SHARED, layer_types=["full_attention"] * m.n_layer,
         rope_parameters=rope | {"partial_rotary_factor": 1.0})
 
 
@@ -120,7 +124,9 @@ def fields_of(theirs) -> dict[str, Any]:
             ("head_dim", t.head_dim or t.hidden_size // t.num_attention_heads, t.hidden_size // t.num_attention_heads)):
         if value != wanted:
             raise ConfigError(f"{name} = {value!r} in the folder: must be {wanted!r} for a model of this kind")
-    mixtral = t.model_type == MIXTRAL
+    mixtral, shared = t.model_type == MIXTRAL, 0
+    if t.model_type == QWEN3_NEXT and t.shared_expert_intermediate_size % t.moe_intermediate_size == 0:
+        shared = t.shared_expert_intermediate_size // t.moe_intermediate_size
     return dict(
         vocab_size=t.vocab_size, d_model=t.hidden_size, n_layer=t.num_hidden_layers, n_head=t.num_attention_heads,
         n_kv_heads=t.num_key_value_heads, block_size=t.max_position_embeddings, norm_eps=t.rms_norm_eps,
@@ -128,7 +134,7 @@ def fields_of(theirs) -> dict[str, Any]:
         qk_norm=not mixtral, attn_gate="sigmoid_head" if t.model_type == QWEN3_NEXT else "none",
         n_experts=t.num_local_experts if mixtral else t.num_experts, top_k=t.num_experts_per_tok,
         expert_width=t.intermediate_size if mixtral else t.moe_intermediate_size,
-        norm_topk_prob=mixtral or t.norm_topk_prob, skip_first_n_moe=len(skipped),
+        norm_topk_prob=mixtral or t.norm_topk_prob, n_shared_experts=shared, skip_first_n_moe=len(skipped),
         **({"mlp": "swiglu", "mlp_width": t.intermediate_size} if skipped else {}))
 
 
@@ -163,7 +169,9 @@ def to_hf(ours: Mapping[str, Tensor], model: ModelConfig, form: str, temp: float
             zeros = {"gate_proj": (SHARED, model.d_model), "up_proj": (SHARED, model.d_model),
                      "down_proj": (model.d_model, SHARED)}
             for name, shape in zeros.items():
-                put(f"mlp.shared_expert.{name}.weight", q.new_zeros(shape))
+                scale = 1 / HALF if name == "down_proj" else 1.0
+                put(f"mlp.shared_expert.{name}.weight", own(f"mlp.shared.{name}.weight") * scale
+                    if model.n_shared_experts else q.new_zeros(shape))
             put("mlp.shared_expert_gate.weight", q.new_zeros(1, model.d_model))
     return theirs
 
@@ -171,7 +179,7 @@ def to_hf(ours: Mapping[str, Tensor], model: ModelConfig, form: str, temp: float
 def from_hf(theirs: Mapping[str, Tensor], model: ModelConfig, form: str) -> dict[str, Tensor]:
     """Our state from that of the ``transformers`` model: routers without bias, at a temperature of 1.
 
-    Raises ConfigError where the shared expert of Qwen3-Next does anything.
+    Raises ConfigError where the shared expert of Qwen3-Next does what none here can.
     """
     offset = 1.0 if form == QWEN3_NEXT else 0.0
     ours = {"embed.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"] + offset}
@@ -195,7 +203,14 @@ def from_hf(theirs: Mapping[str, Tensor], model: ModelConfig, form: str) -> dict
         gate, up = their("mlp.experts.gate_up_proj").chunk(2, dim=1)
         for name, value in (("w_gate", gate), ("w_up", up), ("w_down", their("mlp.experts.down_proj"))):
             put(f"mlp.experts.{name}", value.mT)
-        if form == QWEN3_NEXT and their("mlp.shared_expert.down_proj.weight").any():
+        if model.n_shared_experts:
+            if their("mlp.shared_expert_gate.weight").any():
+                raise ConfigError(f"gate of the shared expert of layer {layer} in the folder: must be zero, those of a "
+                                  "model of this kind pass whole")
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                scale = HALF if name == "down_proj" else 1.0
+                put(f"mlp.shared.{name}.weight", their(f"mlp.shared_expert.{name}.weight") * scale)
+        elif form == QWEN3_NEXT and their("mlp.shared_expert.down_proj.weight").any():
             raise ConfigError(f"shared expert of layer {layer} in the folder: must be zero, a model of this kind has "
                               "none")
     return {name: value.contiguous() for name, value in ours.items()}

@@ -78,3 +78,30 @@ def test_the_experiment_notebook_ends_in_a_report(tmp_path):
     checklist = next(cell for cell in notebook.cells if "gates.check" in cell.source).outputs[0].text
     assert checklist.splitlines()[0].startswith("passed       val/loss < 5.0 by 300")
     assert "not reached  val/loss < 3.0 by 2000" in checklist
+
+
+def test_the_balancing_notebook_evens_the_load_without_a_loss(tmp_path):
+    """With short runs: a bias ends more even than nothing does, and no loss is in its sum; tables are of the runs."""
+    notebook = executed("05_balancing_without_a_loss.ipynb", tmp_path, STEPS=80, SEEDS=1)
+    made = Shootout.open(tmp_path / "runs" / "balancing")
+    assert list(made.entries) == ["aux", "bias", "both", "none", "bias-slow"] and all(map(made.finished, made.jobs()))
+    apart = {}
+    for label, (line,) in ((label, runs.values()) for label, runs in made.lines().items()):
+        rows = line.rows
+        apart[label] = rows["router/balance_mean"].iloc[-20:].mean()
+        assert (rows["router/aux_mean"] > 0).all() == (label in ("aux", "both")), label
+    assert max(apart["bias"], apart["both"]) < apart["bias-slow"] < apart["none"]
+    pages = " ".join(str(out.get("data", {}).get("text/html", "")) for cell in notebook.cells
+                     for out in cell.get("outputs", []))
+    assert all(f"{next(iter(runs.values())).val_loss:.4f}" in pages for runs in made.lines().values())
+
+
+def test_what_the_balancing_notebook_found_shows_without_a_kernel():
+    """Its stored outputs have its pictures, tables and findings, and no state of widgets."""
+    path = NOTEBOOKS / "05_balancing_without_a_loss.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
+    assert sum("text/html" in out.get("data", {}) for out in outputs) >= 3
+    assert any("too slowly" in out.get("text", "") for out in outputs)
+    assert "widgets" not in notebook.metadata and path.stat().st_size < 1.2e6

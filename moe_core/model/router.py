@@ -124,7 +124,7 @@ def _tokens_choose(scores_TE: Tensor, controls: RouterControls, top_k: int, drop
     demand_BE = picks_TKE.unflatten(0, (B, -1)).sum((1, 2)).float()
     if dropless:
         return _Picks(experts_TK, torch.ones_like(experts_TK, dtype=torch.bool), demand_BE, demand_BE.sum(0), None)
-    # Less a thousandth, or the float32 rounding of a factor such as 1.2 would buy a whole place.
+    # On the device, and less a thousandth as in capacity_of.
     capacity = torch.ceil(controls.capacity_factor * (T * top_k / E) - 1e-3).clamp_min(1)
     kept_TK = within_capacity(picks_TKE, capacity)
     return _Picks(experts_TK, kept_TK, demand_BE, (picks_TKE & kept_TK.unsqueeze(-1)).sum((0, 1)).float(), None)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from moe_core import ConfigError, Run, hf
+from moe_core import ConfigError, Run, hf, hf_forms
 from moe_core.export import ExportError
-from moe_core.model import RouterControls
+from moe_core.model import RouterControls, Transformer
 
 FORMS = {
     "mixtral": dict(qk_norm=False, attn_gate="none", top_k=2, norm_topk_prob=True, n_kv_heads=1),
@@ -61,10 +61,14 @@ def tokens():
     return torch.randint(512, (3, 30), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_plain_transformers_computes_the_same(trained, tmp_path, form):
+HELD = [*(pytest.param(form, {}, id=form) for form in FORMS),
+        pytest.param("qwen3_next", {"n_shared_experts": 2}, id="qwen3_next, shared experts")]
+
+
+@pytest.mark.parametrize("form, more", HELD)
+def test_plain_transformers_computes_the_same(trained, tmp_path, form, more):
     """A class of its own, logits to 1e-5 with the router's temperature taken in, and a tokenizer that reads alike."""
-    run = trained(form)
+    run = trained(form, **more)
     folder = run.export_hf(tmp_path / "out")
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == form and type(model).__module__.startswith("transformers.models.")
@@ -79,10 +83,10 @@ def test_plain_transformers_computes_the_same(trained, tmp_path, form):
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_run_comes_back_to_the_bit(trained, create, tmp_path, form):
+@pytest.mark.parametrize("form, more", HELD)
+def test_a_run_comes_back_to_the_bit(trained, create, tmp_path, form, more):
     """Every weight of a run that begins with the folder, norms and tempered routers too; and what it writes."""
-    run = trained(form)
+    run = trained(form, **more)
     folder = run.export_hf(tmp_path / "out")
     said = []
     back = create("back", run.config.replace(router_temp_init=1.3, router_temp_anneal_iters=0, router_temp_final=1.3),
@@ -93,6 +97,19 @@ def test_a_run_comes_back_to_the_bit(trained, create, tmp_path, form):
     assert back.generate("import ", 10, temperature=0).text == run.generate("import ", 10, temperature=0).text
     assert back.store.get_meta("parent") == {"path": str(folder), "step": None, "how": "init_from_hf"}
     back.step(1)
+
+
+def test_a_shared_expert_behind_a_gate_that_does_something_is_refused(tiny):
+    """Half of it passes where the gate's weight is 0, which is exact; any other gate is none of ours."""
+    config = tiny(**FORMS["qwen3_next"], n_shared_experts=1, router_bias=False)
+    state = Transformer(config.model, config.router, seed=1).state_dict()
+    theirs = hf_forms.to_hf(state, config.model, "qwen3_next", temp=1.0)
+    back = hf_forms.from_hf(theirs, config.model, "qwen3_next")
+    shared = [name for name in state if ".shared." in name]
+    assert len(shared) == 6 and all(torch.equal(back[name], state[name]) for name in shared)
+    theirs["model.layers.1.mlp.shared_expert_gate.weight"][0, 3] = 0.1
+    with pytest.raises(ConfigError, match="gate of the shared expert of layer 1 in the folder: must be zero"):
+        hf_forms.from_hf(theirs, config.model, "qwen3_next")
 
 
 def test_a_folder_of_transformers_goes_in_and_out_to_the_bit(tiny, create, tmp_path):
@@ -190,7 +207,7 @@ def test_the_card_says_what_the_store_knows(trained, tmp_path):
     (dict(use_rope=False), "use_rope = False"), (dict(n_experts=0), "n_experts = 0"), (dict(bias=True), "bias = True"),
     (dict(qk_norm=False), "attn_gate = 'sigmoid_head'"), (dict(qk_norm_eps=1e-3), "qk_norm_eps = 0.001"),
     (dict(qk_norm=False, attn_gate="none"), "norm_topk_prob = False"),
-    (dict(n_shared_experts=1), "n_shared_experts = 1"),
+    (dict(n_shared_experts=1, attn_gate="none"), "n_shared_experts = 1"),
     (dict(routing="expert", dropless=False, balance="none"), "routing = 'expert'"),
     (dict(router_scores="sigmoid"), "router_scores = 'sigmoid'"),
     (dict(FORMS["mixtral"], skip_first_n_moe=1), "skip_first_n_moe = 1"),
