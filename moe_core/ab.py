@@ -36,7 +36,7 @@ class AB:
         return frame.rename_axis("metric")
 
     def effects(self):
-        """DataFrame: what choosing B over A brought, and whether it stands out of the noise; see ``moe_core.effects``."""
+        """DataFrame: what choosing B over A brought, and whether it stands out (see ``moe_core.effects``)."""
         return effects.effects_of_ab(self)
 
     def keep(self, which: str) -> None:
