@@ -43,11 +43,14 @@ class ModelConfig(Checked):
     norm_eps: float = field_of(1e-6, gt=0)
     dropout: float = field_of(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
     bias: bool = False  # of every linear layer, experts included, but not the router
+    n_mtp: int = field_of(0, ge=0)  # heads that predict tokens further on, while training; the k-th k places further
     router_bias: bool = True  # of the router's logits; what is to become a Hugging Face model can have none
 
     def _check(self):
         if self.n_experts and self.skip_first_n_moe >= self.n_layer:
             raise ConfigError(f"skip_first_n_moe = {self.skip_first_n_moe}: must be less than n_layer = {self.n_layer}")
+        if self.n_mtp >= self.block_size:
+            raise ConfigError(f"n_mtp = {self.n_mtp}: must be less than block_size = {self.block_size}")
         if self.n_shared_experts and not self.n_experts:
             raise ConfigError(f"n_shared_experts = {self.n_shared_experts}: must be 0 where n_experts = 0; they stand "
                               "beside experts that a router picks")
@@ -173,6 +176,7 @@ class OptimConfig(Checked):
     """
 
     optimizer: str = field_of("adamw", choices=OPTIMIZERS)
+    mtp_coef: float = field_of(0.3, ge=0)  # of the mean loss of the n_mtp heads
     learning_rate: float = field_of(3e-4, gt=0)
     min_lr: float = field_of(3e-5, ge=0)
     warmup_iters: int = field_of(500, ge=0)

@@ -15,7 +15,8 @@ from moe_core.config import RunConfig
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.transformer import MoE
 
-TERMS = ("train/ce", "router/aux_mean", "router/seq_aux_mean", "router/z_mean", "grad/norm", "the Hessian estimate")
+TERMS = ("train/ce", "train/mtp", "router/aux_mean", "router/seq_aux_mean", "router/z_mean", "grad/norm",
+         "the Hessian estimate")
 
 
 class NonFiniteError(ArithmeticError):

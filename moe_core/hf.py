@@ -43,7 +43,8 @@ def export(run, folder: str | os.PathLike, step: int | str | None = None) -> Pat
         raise ExportError(f"{folder}: exists already; choose another folder")
     form = hf_forms.form_of(config)
     weights = weights_of(run, step)
-    state = {name: value.detach().cpu() for name, value in weights.model.items()}
+    state = {name: value.detach().cpu() for name, value in weights.model.items()
+             if not name.startswith("mtp.")}  # the heads for tokens further on are of use in training alone
     hf_forms.refuse_weights(state)
     tokenizer, temp = tokenizer_of(config, print), weights.knobs["router_temp"]
     end = None if tokenizer is None else tokenizer.end_of_text

@@ -28,6 +28,8 @@ def pack(out: Output) -> Tensor:
     if out.stats is not None:
         s = out.stats
         parts += [out.balance_L, out.sequence_L, out.z_L, s.top1_p, s.entropy, s.no_expert, s.demand_E, s.served_E]
+    if out.mtp_N is not None:
+        parts.append(out.mtp_N)
     return torch.cat([part.float().reshape(-1) for part in parts])
 
 
@@ -50,20 +52,23 @@ class Reading:
     no_expert_L: np.ndarray
     shares: np.ndarray  # float32 [2, L, E]: demand, served; L = E = 0 when dense
     bias_LE: np.ndarray | None  # what the step was routed with; None where there is none
+    mtp_N: np.ndarray  # of each head for tokens further on
 
     @classmethod
-    def unpack(cls, vector: np.ndarray, n_layer: int, n_experts: int) -> Reading:
+    def unpack(cls, vector: np.ndarray, n_layer: int, n_experts: int, n_mtp: int = 0) -> Reading:
         """``vector``: the mean of :func:`pack` over micro-batches of equal size, and behind it the balance bias."""
         if not n_experts:
             nothing = np.zeros(0, np.float32)
-            return cls(float(vector[0]), *[nothing] * PER_LAYER, np.zeros((2, 0, 0), np.float32), None)
+            return cls(float(vector[0]), *[nothing] * PER_LAYER, np.zeros((2, 0, 0), np.float32), None,
+                       vector[1 : 1 + n_mtp])
         start = 1 + PER_LAYER * n_layer
         end = start + 2 * n_layer * n_experts
         per_layer = vector[1:start].reshape(PER_LAYER, n_layer)
         counts = vector[start:end].reshape(2, n_layer, n_experts)
         asked = counts[0].sum(-1, keepdims=True)  # every assignment asks for exactly one expert
-        bias_LE = vector[end:].reshape(n_layer, n_experts) if len(vector) > end else None
-        return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE)
+        mtp_N, rest = vector[end : end + n_mtp], vector[end + n_mtp :]
+        bias_LE = rest.reshape(n_layer, n_experts) if len(rest) else None
+        return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE, mtp_N)
 
 
 def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict[str, float]:

@@ -194,6 +194,8 @@ class Trainer:
                     loss = loss + t[coefficient] * out.losses[term]
             if self._sequence_alpha:
                 loss = loss + self._sequence_alpha * out.losses["sequence"]
+            if "mtp" in out.losses:
+                loss = loss + optim.mtp_coef * out.losses["mtp"]
             (loss / optim.gradient_accumulation_steps).backward()
             report = pack(out) if report is None else report + pack(out)
         ghats = []
@@ -209,7 +211,7 @@ class Trainer:
             mean = torch.cat([mean, bias_LE.flatten()])
         vector = torch.cat([mean, sizes, norms]).cpu().numpy()
         return Backward(
-            Reading.unpack(vector[:len(mean)], *routed), norm=float(vector[-1]), ghats=ghats,
+            Reading.unpack(vector[:len(mean)], *routed, model.n_mtp), norm=float(vector[-1]), ghats=ghats,
             ghat_norm=float(vector[-2]), update_sizes=vector[len(mean):-2].tolist(), router_logits=out.router_logits,
             batches=batches, demand_LE=packed_demand(report, *routed) if model.n_experts else None,
             bias_LE=bias_LE, waited=waited)
@@ -245,9 +247,14 @@ class Trainer:
         z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
         if routed and optim.skips_starved:
             routed["optim/starved_skipped"] = float((reading.shares[1] == 0).sum())
+        further = {}
+        if len(reading.mtp_N):
+            further = {"train/mtp": float(reading.mtp_N.mean()),
+                       **{f"train/mtp_{k}": float(ce) for k, ce in enumerate(reading.mtp_N, 1)}}
         return {
-            "train/loss": reading.ce + aux + z,
+            "train/loss": reading.ce + aux + z + optim.mtp_coef * further.get("train/mtp", 0.0),
             "train/ce": reading.ce,
+            **further,
             "lr": main_lr(optim) * share,
             **{f"lr/{group['name']}": group["peak_lr"] * share for group in groups},
             **{f"update/{group['name']}": size for group, size in zip(groups, seen.update_sizes, strict=True)},

@@ -154,6 +154,10 @@ def loss(metrics: pd.DataFrame, limit: int = POINTS, others: Others = None) -> C
         keys.append(_key(BLUE, "its cross-entropy", "┅"))
         traces.append(_line("train-ce", steps, _column(metrics, "train/ce"), BLUE, limit,
                             "train cross-entropy %{y:.4f}", dash="dot", width=1))
+    if "train/mtp" in metrics:
+        keys.append(_key(MAGENTA, "tokens further on"))
+        traces.append(_line("train-mtp", steps, _column(metrics, "train/mtp"), MAGENTA, limit,
+                            "tokens further on %{y:.4f}", width=1))
     val = _column(metrics, "val/loss")
     seen = ~np.isnan(val)
     traces.append(_line("val-loss", steps[seen], val[seen], ORANGE, limit, "validation %{y:.4f}",

@@ -37,6 +37,7 @@ class Feed:
         if layer is not None and self._n_experts:
             names += tuple(f"{name}/layer_{layer}" for name in ROUTER_NAMES if name.endswith("_mean"))
         model, router = self._run.config.model, self._run.config.router
+        names += ("train/mtp",) if model.n_mtp else ()
         if self._n_experts and router.uses_bias:
             names += ("router/bias_max", *bias_names(self._n_experts, model.n_moe_layer, layer))
         self._names, self._branch = names, None

@@ -32,13 +32,15 @@ class Output:
     says so a coefficient times ``sequence``.
     """
 
-    losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance", "sequence", "z", means over L, for a MoE
+    losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance", "sequence", "z", means over L, for a MoE;
+    # "mtp", the mean over the heads for tokens further on, while training them
     balance_L: Tensor | None  # detached, of each layer; None when dense, as all below
     sequence_L: Tensor | None
     z_L: Tensor | None
     stats: RouterStats | None  # each tensor with a leading L
     router_logits: tuple[Tensor, ...] | None  # of each layer, raw, detached: float32 [T, E], not copied together
     logits_BSV: Tensor | None  # in the compute dtype; None where targets are given and nobody asked
+    mtp_N: Tensor | None = None  # detached, float32, the cross-entropy of each head for tokens further on
 
 
 class MLP(nn.Module):
@@ -133,6 +135,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(model, router, experts_impl, routed=i >= self.n_dense)
                                     for i in range(model.n_layer))
         self.norm = RMSNorm(model.d_model, model.norm_eps)
+        # Gloeckle et al. 2024: each head is a block on what the trunk ends with, under the same norm and head.
+        self.mtp = nn.ModuleList(Block(model, router, experts_impl, routed=False) for _ in range(model.n_mtp))
         has_bias = model.n_experts and router.uses_bias
         self.register_buffer("balance_bias", torch.zeros(model.n_moe_layer, model.n_experts) if has_bias else None)
         if not self.embed.weight.is_meta:
@@ -202,7 +206,7 @@ class Transformer(nn.Module):
                                    None if kept_NBSD is None else kept_NBSD[1 + 2 * i : 3 + 2 * i])
             if routing is not None:
                 routings.append(routing)
-        x_BSD, logits_BSV = self.norm(x_BSD), None
+        trunk_BSD, x_BSD, logits_BSV, mtp_N = x_BSD, self.norm(x_BSD), None, None
         if return_logits or targets_BS is None:
             logits_BSV = F.linear(x_BSD, self.embed.weight.to(x_BSD.dtype))
 
@@ -211,6 +215,10 @@ class Transformer(nn.Module):
             targets = targets_BS.flatten()
             losses["ce"] = (linear_cross_entropy(x_BSD.flatten(0, 1), self.embed.weight, targets)
                             if logits_BSV is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets))
+            if self.mtp and self.training:
+                mtp_N = torch.stack([self._further(head, k, trunk_BSD, targets_BS, rope)
+                                     for k, head in enumerate(self.mtp, 1)])
+                losses["mtp"], mtp_N = mtp_N.mean(), mtp_N.detach()
         if routings:
             # Each layer has its own product, then the mean: pooled demand would hide layers that collapse
             # on different experts.
@@ -219,7 +227,14 @@ class Transformer(nn.Module):
             of_layers = [term_L.detach() for term_L in of_layers]
             stats = RouterStats.stack([r.stats for r in routings])
             router_logits = tuple(r.logits_TE for r in routings)
-        return Output(losses, *of_layers, stats, router_logits, logits_BSV)
+        return Output(losses, *of_layers, stats, router_logits, logits_BSV, mtp_N)
+
+    def _further(self, head: Block, k: int, trunk_BSD: Tensor, targets_BS: Tensor,
+                 rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Cross-entropy of a head's guess of the token k places after the next one, where the text goes on so far."""
+        x_BSD, _ = head(trunk_BSD, rope, None, None, None, None)
+        x_ND = self.norm(x_BSD[:, :-k]).flatten(0, 1)
+        return linear_cross_entropy(x_ND, self.embed.weight, targets_BS[:, k:].flatten())
 
     def num_params(self) -> int:
         """Every parameter once (the output head is the embedding), from the structure alone."""

@@ -65,7 +65,7 @@ HELD = [*(pytest.param(form, {}, id=form) for form in FORMS),
         pytest.param("qwen3_next", {"n_shared_experts": 2}, id="qwen3_next, shared experts")]
 
 
-@pytest.mark.parametrize("form, more", HELD)
+@pytest.mark.parametrize("form, more", [*HELD, pytest.param("mixtral", {"n_mtp": 1}, id="mixtral, tokens further on")])
 def test_plain_transformers_computes_the_same(trained, tmp_path, form, more):
     """A class of its own, logits to 1e-5 with the router's temperature taken in, and a tokenizer that reads alike."""
     run = trained(form, **more)

@@ -14,7 +14,7 @@ VARIANTS = {
     "dropless": {},
     "capacity": dict(dropless=False, capacity_factor=0.8),
     "top2 accumulated": dict(top_k=2, norm_topk_prob=True, gradient_accumulation_steps=3),
-    "dense": dict(n_experts=0),
+    "dense, tokens further on": dict(n_experts=0, n_mtp=1),
     "muon and sophia in mid-cycle": dict(optimizer="muon_sophia", sophia_k=4),
     "sophia": dict(optimizer="sophia", sophia_k=3),
     "bias balancing": dict(balance="both", bias_update_speed=0.05, gradient_accumulation_steps=2),

@@ -156,3 +156,19 @@ def test_a_step_reads_nothing_back_but_its_one_report(make, changes):
         trainer.step()
     assert count.operators > 100
     assert count.syncs == []
+
+
+def test_tokens_further_on_are_part_of_the_loss_and_reported_by_head(make):
+    """train/loss is cross-entropy, the router's terms and mtp_coef times the heads' mean; 0 leaves the trunk alone."""
+    trainer = make(n_mtp=2, mtp_coef=0.4, load_balance_alpha=0.0, router_z_loss_coef=0.0,
+                   gradient_accumulation_steps=2)
+    row = trainer.step().metrics
+    assert row["train/mtp"] == pytest.approx((row["train/mtp_1"] + row["train/mtp_2"]) / 2)
+    assert row["train/loss"] == pytest.approx(row["train/ce"] + 0.4 * row["train/mtp"], rel=1e-5)
+    alone, without = make(n_mtp=2, mtp_coef=0.0, grad_clip=1e6), make(grad_clip=1e6)
+    for _ in range(3):
+        rows = alone.step().metrics["train/ce"], without.step().metrics["train/ce"]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6)
+    for _ in range(20):
+        last = trainer.step().metrics
+    assert last["train/mtp_1"] < row["train/mtp_1"] - 0.3

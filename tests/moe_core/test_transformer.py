@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_core.model import RouterControls, Transformer, count_params, draw_noise
+from moe_core.model.attention import rope_tables
 from moe_core.presets import preset
 
 TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61,
@@ -27,6 +29,8 @@ VARIANTS = {
     "expert choice, capacity": dict(routing="expert", dropless=False, balance="none", n_shared_experts=1),
     "shared experts": dict(n_shared_experts=2, skip_first_n_moe=1, mlp="gelu"),
     "shared expert, biases, capacity": dict(n_shared_experts=1, bias=True, dropless=False, capacity_factor=0.5),
+    "tokens further on": dict(n_mtp=2, bias=True),
+    "dense, tokens further on": dict(n_experts=0, n_mtp=1, mlp="gelu"),
     "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
 }
 
@@ -98,7 +102,7 @@ def test_the_loss_is_that_of_the_logits():
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v and "further" not in v])
 def test_flops_are_those_that_torch_counts(variant):
     """Matrix products of forward and backward, counted as they run; the router included, norms not."""
     config = TINY.replace(**VARIANTS[variant])
@@ -424,3 +428,25 @@ def test_turning_a_knob_recompiles_nothing():
             output = compiled(tokens, targets, controls, noise)
             total(output).backward()
             torch.testing.assert_close(output.losses, model.compute(tokens, targets, controls, noise).losses)
+
+
+def test_each_head_for_tokens_further_on_is_judged_by_the_token_it_means():
+    """Head k at position i against token i + 1 + k, where there is one; in training only, and the logits without it."""
+    config = TINY.replace(n_mtp=3)
+    model, (tokens, targets) = lively(config), batch(config)
+    out = model(tokens, targets, generator=rng())
+    trunk = []
+    model.norm.register_forward_pre_hook(lambda module, given: trunk.append(given[0]))
+    again = model(tokens, targets, generator=rng())
+    rope = rope_tables(tokens.shape[1], config.model.head_dim, config.model.rope_theta, tokens.device)
+    for k, head in enumerate(model.mtp, 1):
+        x, _ = head(trunk[0], rope, None, None, None, None)
+        logits = F.linear(model.norm(x), model.embed.weight)
+        expected = torch.stack([F.cross_entropy(logits[:, i], targets[:, i + k]) for i in range(tokens.shape[1] - k)])
+        torch.testing.assert_close(out.mtp_N[k - 1], expected.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.losses["mtp"], out.mtp_N.mean())
+    assert torch.equal(out.losses["ce"], again.losses["ce"])
+    out.losses["mtp"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.blocks[0].attn.parameters())
+    model.eval()
+    assert "mtp" not in model(tokens, targets).losses

@@ -211,3 +211,15 @@ def test_the_balance_bias_of_each_expert_is_charted_where_one_balances(tiny_run,
     plain = tiny_run("plain")
     plain.step(1)
     assert "biases" not in draw(Record.read(plain))
+
+
+def test_the_loss_of_tokens_further_on_is_charted_where_it_is_trained(tiny_run):
+    """On the loss chart of the panel, live too, and of the report: the mean over the heads."""
+    run = tiny_run(n_mtp=2)
+    run.step(3)
+    feed = Feed(run)
+    feed.refresh()
+    live, _ = panel_parts(feed.metrics, feed.shares, feed.marks)
+    (line,) = [trace for trace in live if trace["uid"] == "train-mtp"]
+    np.testing.assert_allclose(line["y"], run.metrics()[["train/mtp_1", "train/mtp_2"]].mean(axis=1), rtol=1e-5)
+    assert any(trace.uid == "train-mtp" for trace in draw(Record.read(run))["loss"].data)
