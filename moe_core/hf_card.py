@@ -30,13 +30,14 @@ PLACES = {"stdlib": "the source code of the Python standard library"}
 def card(run, weights: Weights, form: str, has_tokenizer: bool) -> str:
     """Markdown, with the front matter of the hub, of ``run`` (or a ``Saved``) at the step of its ``weights``."""
     config, line, step = run.config, run._branch, weights.step
+    written = config.replace(n_mtp=0)  # what is exported
     rows = run.store.read_steps(line.id, shares=False)
     last = {name: _newest(rows, name, step) for name in ("train/ce", "val/loss", *ROUTING)}
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n---",
         f"# {_code(run.store.path.name)}",
-        f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(config.model):,} parameters, "
-        f"{active_params(config):,} of them in the matrices that a token meets.",
+        f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(written.model):,} parameters, "
+        f"{active_params(written):,} of them in the matrices that a token meets.",
         _use(has_tokenizer),
         "## Training",
         _table([("data", _data(config)), ("steps", f"{step:,}"), ("branch", _code(line.name)),
@@ -93,6 +94,8 @@ def _changes(config: RunConfig, temp: float) -> list[str]:
     said = []
     if temp != 1.0:
         said.append(f"- The router's temperature of {temp:g} is taken into its weight.")
+    if config.model.n_mtp:
+        said.append(f"- Trained with {config.model.n_mtp} heads for tokens further on, which are left out.")
     if not config.router.dropless:
         said.append(f"- In training an expert took `capacity_factor` {config.router.capacity_factor:g} times its even "
                     "share of a batch and the rest was dropped; here nothing is dropped.")
