@@ -36,8 +36,8 @@ def card(run, weights: Weights, form: str, has_tokenizer: bool) -> str:
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n---",
         f"# {_code(run.store.path.name)}",
-        f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(written.model):,} parameters, "
-        f"{active_params(written):,} of them in the matrices that a token meets.",
+        f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(written.model):,} "
+        f"parameters, {active_params(written):,} of them in the matrices that a token meets.",
         _use(has_tokenizer),
         "## Training",
         _table([("data", _data(config)), ("steps", f"{step:,}"), ("branch", _code(line.name)),
