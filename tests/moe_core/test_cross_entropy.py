@@ -22,11 +22,13 @@ def both(x, w, targets, scale=1.0):
 @pytest.mark.parametrize("n, vocab", [(1, 3), (127, 50), (300, 5000), (513, 1031)])
 @pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 def test_chunks_give_the_loss_and_both_gradients_of_all_at_once(n, vocab, dtype, close):
-    """Any number of chunks, a last one that is not full, a scaled loss; to rounding."""
+    """Any number of chunks, a last one that is not full, a scaled loss; to rounding of what is added up."""
     x, w = torch.randn(n, 16, dtype=dtype), torch.randn(vocab, 16, dtype=dtype)
     ours, plain = both(x, w, torch.randint(vocab, (n,)), scale=0.3)
-    for a, b in zip(ours, plain, strict=True):
-        assert (a - b).abs().max() <= close * b.abs().max()
+    # A gradient may cancel to little, where the model is sure; its parts do not: 0.3 / n of the other factor.
+    sizes = plain[0].clamp_min(1.0), 0.3 / n * w.abs().max(), 0.3 / n**0.5 * x.abs().max()
+    for a, b, size in zip(ours, plain, sizes, strict=True):
+        assert (a - b).abs().max() <= close * size
 
 
 def test_in_bfloat16_the_loss_is_summed_in_float32():
