@@ -12,8 +12,8 @@ from moe_core.bench.harness import wait
 from moe_core.bench.sides import ours, with_metrics
 from moe_core.config import RunConfig
 from moe_core.model import RouterControls, Transformer
-from moe_core.model.attention import rope_tables
 from moe_core.model.cross_entropy import linear_cross_entropy
+from moe_core.model.rope import rope_tables
 from moe_core.optim import build_optimizer
 
 
@@ -24,7 +24,7 @@ def table(config: RunConfig, device: torch.device, dtype: torch.dtype, rounds: i
     optimizer = build_optimizer(config.optim, model)
     x_BSD = torch.randn(batch, m.block_size, m.d_model, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, m.vocab_size, (batch * m.block_size,), device=device)
-    rope = rope_tables(m.block_size, m.head_dim, m.rope_theta, device) if m.use_rope else None
+    rope = rope_tables(m.block_size, m.head_dim, m.rope_theta, device, dtype) if m.use_rope else None
     block = model.blocks[-1]
     routed = bool(m.n_experts)
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_core.config import ModelConfig, RouterConfig
-from moe_core.model.attention import Attention, Embedding, Linear, RMSNorm, rope_tables
+from moe_core.model.attention import Attention, Embedding, Linear
 from moe_core.model.cache import LayerCache
 from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import Experts
+from moe_core.model.norm import RMSNorm
+from moe_core.model.rope import Tables, rope_tables
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
 from moe_core.model.size import count_params, flops_per_token
 
@@ -93,7 +95,7 @@ class Block(nn.Module):
         self.mlp = MoE(model, router, experts_impl) if routed else MLP(
             model, model.dense_width, model.mlp)
 
-    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor] | None, controls: RouterControls | None,
+    def forward(self, x_BSD: Tensor, rope: Tables | None, controls: RouterControls | None,
                 noise_TE: Tensor | None, bias_E: Tensor | None, kept_2BSD: Tensor | None,
                 cache: LayerCache | None = None) -> tuple[Tensor, Routing | None]:
         """``kept_2BSD``: what dropout leaves of the two additions; None is all. ``cache``: of the attention."""
@@ -193,7 +195,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x_BSD = x_BSD + self.positions.weight[:length]
         else:
-            rope = rope_tables(length, config.head_dim, config.rope_theta, tokens_BS.device)
+            rope = rope_tables(length, config.head_dim, config.rope_theta, tokens_BS.device, self.compute_dtype)
         x_BSD = _dropped(x_BSD, None if kept_NBSD is None else kept_NBSD[0], config.dropout).to(self.compute_dtype)
         routings = []
         for i, block in enumerate(self.blocks):
@@ -230,7 +232,7 @@ class Transformer(nn.Module):
         return Output(losses, *of_layers, stats, router_logits, logits_BSV, mtp_N)
 
     def _further(self, head: Block, k: int, trunk_BSD: Tensor, targets_BS: Tensor,
-                 rope: tuple[Tensor, Tensor] | None) -> Tensor:
+                 rope: Tables | None) -> Tensor:
         """Cross-entropy of a head's guess of the token k places after the next one, where the text goes on so far."""
         x_BSD, _ = head(trunk_BSD, rope, None, None, None, None)
         x_ND = self.norm(x_BSD[:, :-k]).flatten(0, 1)

@@ -1,0 +1,98 @@
+"""The passes of an attention layer that are our own, against what anyone would write first, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_core.model import causal
+from moe_core.model.causal import causal_attention
+from moe_core.model.norm import RMSNorm
+from moe_core.model.rope import apply_rope, rope_tables
+
+
+def gradients(function, inputs, weight):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad((y * weight.to(y.dtype)).sum(), leaves)]
+
+
+def plain_attention(q, k, v):
+    """Query by query, over the keys that it may see; head g of the keys serves the next H / G of the queries."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    rows = [(q[:, :, i : i + 1] @ k[:, :, : i + 1].mT / math.sqrt(q.shape[-1])).softmax(-1) @ v[:, :, : i + 1]
+            for i in range(q.shape[2])]
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_in_blocks_is_attention(length, groups):
+    """Values and all three gradients, at lengths around the size of a block, and with shared key heads."""
+    q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, groups, groups))
+    weight = torch.randn_like(q)
+    expected = gradients(plain_attention, (q, k, v), weight)
+    for got, want in zip(gradients(causal_attention, (q, k, v), weight), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, within", [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+def test_attention_in_blocks_is_as_exact_as_its_type(dtype, within):
+    """Its distance from float64 over its size, as torch's own kernel's."""
+    q, k, v = (torch.randn(2, 4, 160, 32, dtype=torch.float64) for _ in range(3))
+    weight = torch.randn_like(q)
+    expected = gradients(plain_attention, (q, k, v), weight)
+    for got, want in zip(gradients(causal_attention, [t.to(dtype) for t in (q, k, v)], weight), expected, strict=True):
+        assert (got.double() - want).norm() / want.norm() < within
+
+
+def test_a_long_text_takes_torchs_kernel(monkeypatch):
+    """Past LONGEST no S x S probabilities are kept, and the numbers are the same."""
+    q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
+    ours = causal_attention(q, k, v)
+    monkeypatch.setattr(causal, "LONGEST", 95)
+    monkeypatch.setattr(causal, "_Blockwise", None)
+    torch.testing.assert_close(causal_attention(q, k, v), ours, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 16), (2, 5, 3, 8)])
+def test_the_norms_gradient_is_autograds(shape):
+    """Of the input and of the weight, against the definition in float64; and a zero row stays finite."""
+    x, g = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
+    x[0, 0] = 0
+    norm = RMSNorm(shape[-1], 1e-5).double()
+    torch.nn.init.normal_(norm.weight)
+    weight = norm.weight.detach()
+    got = gradients(lambda x, w: torch.func.functional_call(norm, {"weight": w}, x), (x, weight), g)
+    want = gradients(lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w, (x, weight), g)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bfloat16_norm_is_rounded_once():
+    """No worse than torch's, whose statistics are float32."""
+    norm, x = RMSNorm(256, 1e-6), 3 + torch.randn(64, 256)
+    torch.nn.init.normal_(norm.weight)
+    exact = x.bfloat16().double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.detach().bfloat16().double()
+    theirs = F.rms_norm(x.bfloat16(), norm.weight.shape, norm.weight.bfloat16(), 1e-6)
+    ours = norm(x.bfloat16())
+    assert ours.dtype is torch.bfloat16
+    assert (ours.double() - exact).norm() <= 1.01 * (theirs.double() - exact).norm()
+
+
+def test_rotation_turns_each_pair_by_its_angle():
+    """As complex numbers, values and gradient; the product of two positions depends on their distance alone."""
+    x, g = (torch.randn(2, 9, 3, 8, dtype=torch.float64) for _ in range(2))
+    tables = rope_tables(9, 8, 100.0, x.device, torch.float64)
+    angle = torch.outer(torch.arange(9.0), 100.0 ** (-torch.arange(0, 8, 2) / 8)).double()
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def as_complex(x):
+        turned = torch.complex(x[..., :4], x[..., 4:]) * turn
+        return torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(gradients(lambda x: apply_rope(x, tables), (x,), g), gradients(as_complex, (x,), g),
+                               rtol=1e-6, atol=1e-6)  # the angles are float32
+    same = apply_rope(x[:1, :1].expand(1, 9, 3, 8), tables)
+    products = (same[0, :, None] * same[0, None, :]).sum(-1)
+    torch.testing.assert_close(products[1:, 1:], products[:-1, :-1], rtol=1e-5, atol=1e-5)
