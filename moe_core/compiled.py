@@ -1,18 +1,37 @@
-"""The model under ``torch.compile``: one graph for each kind of pass, and a way to tell the compiler's failures."""
+"""The model under ``torch.compile``: when, as what graphs, kept where, and a way to tell the compiler's failures."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 
+from moe_core.config import RunConfig
+from moe_core.data.cache import cache_root
+
 # Every model of this process shares the compiled code of one function. Each config has a graph to train with, one
 # to validate and one for Hessian passes, and torch would give up at 8 in all.
 RECOMPILE_LIMIT = 64
+LONG = 1e14  # FLOP of a whole run
+
+
+def pays(config: RunConfig, device: torch.device, flops_per_token: int) -> bool:
+    """Whether a run is to be compiled: as its config says, and where that leaves it open, on CUDA always, on a CPU
+    where the steps that it plans are so much work that they repay a compile of a minute or two.
+    """
+    if config.compile is not None or config.compile_obstacle:
+        return bool(config.compile)
+    return device.type == "cuda" or config.optim.max_iters * config.tokens_per_step * flops_per_token >= LONG
 
 
 def compiled(compute: Callable) -> Callable:
-    """``compute`` as one whole graph for each set of shapes; a second model of the same config uses the first's."""
+    """``compute`` as one whole graph for each set of shapes; a second model of the same config uses the first's.
+
+    What the compiler makes is kept in a folder of the user's, beside prepared tokens, for kernels to come:
+    ``TORCHINDUCTOR_CACHE_DIR`` names another; torch's own choice is lost at a restart of the machine.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     from torch._dynamo import config  # takes a second, which only this needs
 
     run = torch.compile(compute, fullgraph=True, dynamic=False)

@@ -235,7 +235,7 @@ class RunConfig(Checked):
     keep_checkpoints: int = field_of(3, ge=1)  # how many of those are kept, beside the last, the best and the named
     experts_impl: str = field_of("grouped", choices=("grouped", "loop"))
     compute_dtype: str = field_of("auto", choices=("auto", "bfloat16", "float32"))  # auto: bfloat16 on CUDA
-    compile: bool = False  # torch.compile the model
+    compile: bool | None = None  # torch.compile the model; None: on CUDA, and on a CPU where a run is long enough
     activation_checkpointing: bool = False  # keep each block's input alone, compute the rest again for the gradient
     log_interval: int = field_of(10, ge=1)  # steps between two lines on a console
     mirrors: str = ""  # where metrics go beside the run's file: any of wandb, tensorboard, trackio, with commas
@@ -254,16 +254,21 @@ class RunConfig(Checked):
             for name, size in (("d_model", self.model.d_model), ("expert_width", self.model.ff_width)):
                 if size % 8:
                     raise ConfigError(f"{name} = {size}: must be a multiple of 8 for experts_impl = 'grouped'")
-        if self.compile and self.model.n_experts and self.experts_impl == "loop":
-            raise ConfigError("compile = True: must be False for experts_impl = 'loop', whose shapes follow the data; "
-                              "'grouped' can be compiled")
-        if self.compile and self.model.n_experts and self.router.routing == "expert":
-            raise ConfigError("compile = True: must be False for routing = 'expert', whose shapes follow the knob "
-                              "capacity_factor")
+        if self.compile and (obstacle := self.compile_obstacle):
+            raise ConfigError(f"compile = True: must be False for {obstacle}")
         for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
             for one in filter(None, getattr(self, name).split(",")):
                 if one not in known:
                     raise ConfigError(f"{name} = {getattr(self, name)!r}: {one!r} must be one of {', '.join(known)}")
+
+    @property
+    def compile_obstacle(self) -> str | None:
+        """What of this config keeps it from being one compiled graph, and why; None where nothing does."""
+        if self.model.n_experts and self.experts_impl == "loop":
+            return "experts_impl = 'loop', whose shapes follow the data; 'grouped' can be compiled"
+        if self.model.n_experts and self.router.routing == "expert":
+            return "routing = 'expert', whose shapes follow the knob capacity_factor"
+        return None
 
     @property
     def tokens_per_step(self) -> int:

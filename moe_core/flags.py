@@ -38,7 +38,7 @@ class Flag(NamedTuple):
     @property
     def is_switch(self) -> bool:
         """Whether it stands without a value."""
-        return FIELDS.get(self.field) is bool if self.words is None else True in self.words
+        return FIELDS.get(self.field) in (bool, bool | None) if self.words is None else True in self.words
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def _same(name: str, default: Any = UNSAID) -> Flag:
 
 
 # The top-1 MoE. Mistral's tokenizer of 32768 tokens is that of v0.3. The old rule gave the router's matrix to Muon.
+# It compiled where it was told to; here a line that says nothing of it leaves it open.
 EXPERIMENTAL = _dialect("train_experimental.py", False, RunConfig().replace(
     tokenizer="mistralai/Mistral-7B-v0.3", balance="aux", top_k=1, router_optimizer="muon"), [
     _same("vocab_size", 32768), _same("n_layer", 10), _same("n_head", 8), _same("n_kv_heads", None),
@@ -86,7 +87,7 @@ EXPERIMENTAL = _dialect("train_experimental.py", False, RunConfig().replace(
     _same("device", "cuda"), _same("batch_size", 8), _same("gradient_accumulation_steps", 1),
     _same("max_iters", 2000), _same("eval_interval", 200), _same("eval_iters", 50), _same("learning_rate", 3e-4),
     _same("min_lr", 3e-5), _same("weight_decay", 0.1), _same("beta1", 0.9), _same("beta2", 0.95),
-    _same("warmup_iters", 500), _same("lr_decay_iters", 2000), _same("grad_clip", 1.0), _same("compile", False),
+    _same("warmup_iters", 500), _same("lr_decay_iters", 2000), _same("grad_clip", 1.0), _same("compile"),
     _same("seed", 1337),
     _same("optimizer", "adamw"), _same("muon_lr", 3e-2), _same("muon_wd", 1e-2), _same("sophia_lr", 1e-3),
     _same("sophia_b1", 0.965), _same("sophia_b2", 0.99), _same("sophia_rho", 0.1), _same("sophia_wd", 0.2),

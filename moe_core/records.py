@@ -52,6 +52,7 @@ class Backward:
     update_sizes: list[float]  # of each parameter group, by the step before
     router_logits: tuple[Tensor, ...] | None  # of the last micro-batch
     batches: list[tuple[Tensor, Tensor]]  # each micro-batch, and the noise generator's state before it
+    is_finite: bool  # all that the host was told
     demand_LE: Tensor | None  # assignments that asked for each expert, in all of them; None when dense
     bias_LE: Tensor | None  # a copy of the balance bias
     waited: float  # seconds, for data

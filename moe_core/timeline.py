@@ -19,9 +19,12 @@ from moe_core.trainer import StepRecord, Trainer, resolve_device
 
 
 def build_trainer(config: RunConfig, knobs: Knobs, say: Callable[[str], None]) -> Trainer:
-    """A trainer at its first step; ``say`` hears what preparing the data takes. Raises ConfigError, DataError."""
+    """A trainer at its first step; ``say`` hears what it takes. Raises ConfigError, DataError."""
     data = open_data(config, pin=resolve_device(config).type == "cuda", say=say)
-    return Trainer(config, knobs, data.train, data.validation)
+    trainer = Trainer(config, knobs, data.train, data.validation)
+    if trainer.compiles:
+        say("compile: the first step makes the model's code, which takes a minute or two where it was not made before")
+    return trainer
 
 
 class Timeline:

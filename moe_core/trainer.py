@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.compiled import compiled, is_compilers
+from moe_core.compiled import compiled, is_compilers, pays
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import Batches
 from moe_core.faults import (
@@ -68,7 +69,8 @@ class Trainer:
 
     ``whole`` is False once an update was cut short half-way: such weights belong to no step, and only
     :meth:`load_state_dict` makes the trainer usable again. ``skipped`` counts the attempts that were refused
-    because they were not finite; a replay of the steps makes none of them, so it is told.
+    because they were not finite; a replay of the steps makes none of them, so it is told. ``compiles`` says whether
+    the model runs under torch.compile.
     """
 
     def __init__(self, config: RunConfig, knobs: Knobs, train: Batches, validation: Sequence[Tensor]):
@@ -86,7 +88,8 @@ class Trainer:
         self.whole = True
         self.routed: Routed | None = None  # replaced whole, so that any thread may read it
         self._sequence_alpha = config.router.sequence_balance_alpha if config.model.n_experts else 0.0
-        self._compute = compiled(self.model.compute) if config.compile else self.model.compute
+        self.compiles = pays(config, self.device, self.model.flops_per_token())
+        self._compute = compiled(self.model.compute) if self.compiles else self.model.compute
         self._alerts: list[str] = []
 
     def step(self, validate: bool = True) -> StepRecord:
@@ -101,8 +104,9 @@ class Trainer:
         started = time.perf_counter()
         number = self.steps_done + 1
         values = self.knobs.read(number)
-        seen, metrics = self._or_eager(lambda: self._attempt(number, values))
+        seen = self._or_eager(lambda: self._attempt(number, values))
         self._update(number, values, seen)
+        metrics = self._metrics(number, values, seen)  # while a GPU is busy with the update
         if seen.router_logits is not None:
             self.routed = Routed(number, values, seen.router_logits, seen.batches[-1][1], seen.bias_LE)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
@@ -115,16 +119,16 @@ class Trainer:
         alerts, self._alerts = tuple(self._alerts), []
         return StepRecord(number, metrics, seen.reading.shares, alerts)
 
-    def _attempt(self, number: int, values: dict[str, float]) -> tuple[Backward, dict[str, float]]:
+    def _attempt(self, number: int, values: dict[str, float]) -> Backward:
         """All of a step but its update."""
         cursor, noise, labels = self.train.state_dict(), self.noise.get_state(), self.labels.get_state()
         try:
             seen = self._backward()
-            metrics = self._metrics(number, values, seen)
-            told = {**metrics, "the Hessian estimate": seen.ghat_norm}
-            if term := nonfinite_term(told):
-                raise NonFiniteError(number, term, told[term], self._where(term, seen))
-            return seen, metrics
+            if not seen.is_finite:
+                told = {**self._metrics(number, values, seen), "the Hessian estimate": seen.ghat_norm}
+                if term := nonfinite_term(told):
+                    raise NonFiniteError(number, term, told[term], self._where(term, seen))
+            return seen
         except BaseException as error:
             self.noise.set_state(noise)
             self.labels.set_state(labels)
@@ -145,10 +149,10 @@ class Trainer:
         try:
             return work()
         except Exception as error:
-            if self._compute == self.model.compute or not is_compilers(error):
+            if not self.compiles or not is_compilers(error):
                 raise
-            self._compute = self.model.compute
-            self._alerts.append("compile = True: torch could not compile the model, so it runs without: "
+            self._compute, self.compiles = self.model.compute, False
+            self._alerts.append("compile: torch could not compile the model, so it runs without: "
                                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return work()
 
@@ -213,8 +217,8 @@ class Trainer:
         return Backward(
             Reading.unpack(vector[:len(mean)], *routed, model.n_mtp), norm=float(vector[-1]), ghats=ghats,
             ghat_norm=float(vector[-2]), update_sizes=vector[len(mean):-2].tolist(), router_logits=out.router_logits,
-            batches=batches, demand_LE=packed_demand(report, *routed) if model.n_experts else None,
-            bias_LE=bias_LE, waited=waited)
+            batches=batches, is_finite=bool(np.isfinite(vector).all()), bias_LE=bias_LE, waited=waited,
+            demand_LE=packed_demand(report, *routed) if model.n_experts else None)
 
     def _update(self, number: int, values: dict[str, float], seen: Backward) -> None:
         self.whole = False

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--only", default="", help="sides whose name has one of these words, with commas")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile, ours and the peer's")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                        help="torch.compile too, ours and the peer's (default: on a GPU)")
     parser.add_argument("--scale", action="store_true", help="how speed and memory change with the shape")
     parser.add_argument("--parts", action="store_true", help="where a step's time goes")
     parser.add_argument("--json", type=Path, help="write the figures here")

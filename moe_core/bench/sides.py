@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_core.bench.harness import Side
+from moe_core.compiled import compiled
 from moe_core.config import RunConfig
 from moe_core.data import Batches
 from moe_core.knobs import Knobs
@@ -34,7 +35,7 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str 
     """This project's model, a bare loop around it: no metrics, no store."""
     model = Transformer(config.model, config.router, compute_dtype=dtype, experts_impl=impl, seed=0).to(device)
     if compile:
-        model.compute = torch.compile(model.compute, dynamic=False)
+        model.compute = compiled(model.compute)
     optimizer, tokens = build_optimizer(config.optim, model), _tokens(config, device)
     controls, noise = None, torch.Generator(device).manual_seed(0)
     alpha, z = config.router.load_balance_alpha, config.router.router_z_loss_coef
@@ -54,10 +55,11 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str 
     return Side(name or impl, step, tokens[:, 1:].numel(), model.flops_per_token())
 
 
-def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *, name: str) -> Side:
+def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile: bool = False,
+                 name: str) -> Side:
     """The stepwise trainer itself: every metric of a step, checked and on the host before the update."""
     config = config.replace(eval_interval=0, gradient_accumulation_steps=1, device=device.type,
-                            compute_dtype=str(dtype).removeprefix("torch."))
+                            compile=compile, compute_dtype=str(dtype).removeprefix("torch."))
     ids = torch.randint(0, config.model.vocab_size, (64 * config.tokens_per_step + 1,)).int().numpy()
     batches = Batches(ids, config.model.block_size, config.optim.batch_size, seed=0, pin=device.type == "cuda")
     trainer = Trainer(config, Knobs(config, device), batches, [])
@@ -99,25 +101,29 @@ def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtyp
     return Side(name or f"{family} {impl}", step, tokens.numel())
 
 
-def makers(config: RunConfig, device: torch.device, dtype: torch.dtype,
-           compiled: bool) -> dict[str, Callable[[], Side]]:
+def makers(config: RunConfig, device: torch.device, dtype: torch.dtype, also_compiled: bool,
+           ) -> dict[str, Callable[[], Side]]:
     """Every side by name, to be built one by one."""
     made: dict[str, Callable[[], Side]] = {}
 
     def add(name: str, make: Callable[..., Side], *args, **options) -> None:
         made[name] = lambda: make(*args, name=name, **options)
+    dense, muon = dense_twin(config), config.replace(optimizer="muon_adamw")
     add("ours, grouped", ours, config, device, dtype)
     add("ours, grouped again", ours, config, device, dtype)
     add("ours, loop", ours, config, device, dtype, "loop")
-    add("ours, dense of equal active parameters", ours, dense_twin(config), device, dtype)
+    add("ours, dense of equal active parameters", ours, dense, device, dtype)
     add("ours, trainer with all metrics", with_metrics, config, device, dtype)
+    add("ours, Muon + AdamW", ours, muon, device, dtype)
     for family in PEERS:
         # batched_mm copies an expert's weights for every token: gigabytes, and minutes on a CPU
         for impl in IMPLEMENTATIONS[:2 + (device.type == "cuda")] if family == "Qwen3-MoE" else ("grouped_mm",):
             add(f"{family}, {impl}", peer, family, config, device, dtype, impl)
-    if compiled:
+    if also_compiled:
         add("ours, compiled", ours, config, device, dtype, compile=True)
-        add("ours, dense compiled", ours, dense_twin(config), device, dtype, compile=True)
+        add("ours, dense compiled", ours, dense, device, dtype, compile=True)
+        add("ours, trainer with all metrics, compiled", with_metrics, config, device, dtype, compile=True)
+        add("ours, Muon + AdamW, compiled", ours, muon, device, dtype, compile=True)
         add("Qwen3-MoE, grouped_mm, compiled", peer, "Qwen3-MoE", config, device, dtype, "grouped_mm", compile=True)
     return made
 

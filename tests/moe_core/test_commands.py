@@ -18,14 +18,14 @@ OLD = {"train_experimental.py": """
     router_temp_anneal_iters 1000 router_noise_std_init 0.5 router_noise_decay_iters 1000 router_noise_type gumbel
     device cuda batch_size 8 gradient_accumulation_steps 1 max_iters 2000 eval_interval 200 eval_iters 50
     learning_rate 3e-4 min_lr 3e-5 weight_decay 0.1 beta1 0.9 beta2 0.95 warmup_iters 500 lr_decay_iters 2000
-    grad_clip 1.0 compile - seed 1337 optimizer adamw muon_lr 3e-2 muon_wd 1e-2 sophia_lr 1e-3 sophia_b1 0.965
+    grad_clip 1.0 compile ? seed 1337 optimizer adamw muon_lr 3e-2 muon_wd 1e-2 sophia_lr 1e-3 sophia_b1 0.965
     sophia_b2 0.99 sophia_rho 0.1 sophia_wd 0.2 sophia_k 10 dataset_name HuggingFaceFW/fineweb-edu
     dataset_config sample-10BT text_key text shuffle_buffer 8192 eval_take 512 checkpoint_dir checkpoints_moe_bf16
     log_interval 10 save_interval 0 keep_checkpoints 3 resume none auto_resume -
     wandb_project moe-bf16-experiments_v2 wandb_run_name none""",
        "train_dense_gpu.py": """
     dataset c4 dataset-config en split train val-split validation tokenizer gpt2 layers 12 heads 11 d-model 704
-    block-size 1024 batch 8 grad-accum 2 steps 500 ckpt - compile - amp ? opt-list ? num-workers 4 prefetch-factor 8
+    block-size 1024 batch 8 grad-accum 2 steps 500 ckpt - compile ? amp ? opt-list ? num-workers 4 prefetch-factor 8
     shuffle-buffer 4000 val-every 200 val-iters 50 csv none qk-norm - clip-grad 1.0 k-hess 10 k-hess-after none
     k-hess-switch-step none""",
        "launch_training.py": """

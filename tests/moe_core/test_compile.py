@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from moe_core import ConfigError
+from moe_core.compiled import LONG, pays
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.knobs import Knobs
 from moe_core.trainer import Trainer
@@ -37,13 +38,18 @@ def measured(record):
             if not name.startswith("perf/") and not math.isnan(value)}
 
 
+def about(numbers):
+    """Up to what float32 rounds: a compiled norm is composed of other operations than one that is not."""
+    return pytest.approx(numbers, rel=1e-5, abs=1e-6)
+
+
 def graphs():
     return counters["stats"]["unique_graphs"]
 
 
 def test_three_graphs_serve_every_step_knob_and_model_with_eagers_numbers(make, backend):
     """One to train, one to validate, one for Hessian passes; turned knobs, a moved balance bias and a second model
-    of the same config compile nothing more, and every number is that of a trainer without. In float32, where
+    of the same config compile nothing more, and every number is about that of a trainer without. In float32, where
     torch's own grouped product cannot be traced."""
     backend("aot_eager")
     changes = dict(compute_dtype="float32", dropless=False, balance="both", top_k=2, dropout=0.1, optimizer="sophia",
@@ -59,12 +65,12 @@ def test_three_graphs_serve_every_step_knob_and_model_with_eagers_numbers(make, 
         assert record.alerts == ()
         return measured(record)
     for step in range(1, 5):
-        assert turn_and_step(one, step) == turn_and_step(plain, step)
+        assert turn_and_step(one, step) == about(turn_and_step(plain, step))
         assert graphs() == min(2 * step - 1, 3)  # from step 2 on there is a validation, and a Hessian pass
     state, another = one.state_dict(), make(compile=True, **changes)
     another.load_state_dict(state)
-    assert turn_and_step(another, 5) == turn_and_step(plain, 5)
-    assert turn_and_step(another, 6) == turn_and_step(plain, 6)
+    assert turn_and_step(another, 5) == about(turn_and_step(plain, 5))
+    assert turn_and_step(another, 6) == about(turn_and_step(plain, 6))
     assert graphs() == 3
 
 
@@ -73,7 +79,7 @@ def test_recomputed_blocks_are_part_of_the_graph(make, backend):
     backend("aot_eager")
     plain, one = make(eval_interval=0), make(eval_interval=0, compile=True, activation_checkpointing=True)
     for _ in range(2):
-        assert measured(one.step()) == measured(plain.step())
+        assert measured(one.step()) == about(measured(plain.step()))
     assert graphs() == 1
 
 
@@ -86,7 +92,7 @@ def test_where_torch_cannot_compile_the_run_goes_on_without_and_says_so(make, ba
     records = [one.step() for _ in range(3)]
     assert [measured(record) for record in records] == [measured(plain.step()) for _ in range(3)]
     alert, = records[0].alerts
-    assert alert.startswith("compile = True: torch could not compile the model, so it runs without: ")
+    assert alert.startswith("compile: torch could not compile the model, so it runs without: ")
     assert "no compiler was found" in alert and "\n" not in alert
     assert records[1].alerts == records[2].alerts == ()
 
@@ -109,6 +115,18 @@ def test_the_alert_reaches_the_runs_events(tiny_run, backend):
     run.step(2)
     alert, = run.events().query("kind == 'alert'").itertuples()
     assert alert.step == 1 and "no compiler was found" in alert.text
+
+
+def test_left_open_only_a_gpu_or_a_long_run_is_compiled(tiny):
+    """On a CPU by the work of all steps together; the user's own word stands, and what cannot be compiled is not."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    config = tiny(max_iters=1000, lr_decay_iters=1000)
+    short, long = (work / (1000 * config.tokens_per_step) for work in (0.99 * LONG, 1.01 * LONG))
+    assert [pays(config, device, work) for device in (gpu, cpu) for work in (short, long)] == [True, True, False, True]
+    assert pays(config.replace(compile=True), cpu, short)
+    assert not pays(config.replace(compile=False), gpu, long)
+    assert not pays(config.replace(experts_impl="loop"), gpu, long)
+    assert not pays(config.replace(routing="expert", dropless=False, balance="none"), gpu, long)
 
 
 def test_the_loop_over_experts_is_refused_under_compile(tiny):
