@@ -3,7 +3,7 @@
     moe bench                                   nano on a CPU, moe-203m on a GPU, against every peer installed
     moe bench --compiled --dtype bfloat16       compiled sides too
     moe bench --scale                           against experts, picks, width and sequence
-    moe bench --parts                           where a step's time goes
+    moe bench --profile                         where a step's time goes
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from moe_core.bench import parts, scale
+from moe_core.bench import profile, scale
 from moe_core.bench.harness import Side, built, ceilings, interleave, machine, ratio
 from moe_core.bench.sides import makers
 from moe_core.presets import preset
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="torch.compile too, ours and the peer's (default: on a GPU)")
     parser.add_argument("--scale", action="store_true", help="how speed and memory change with the shape")
-    parser.add_argument("--parts", action="store_true", help="where a step's time goes")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     parser.add_argument("--json", type=Path, help="write the figures here")
 
 
@@ -55,8 +55,8 @@ def main(args: argparse.Namespace) -> None:
     about |= {name: round(value / 1e9, 1) for name, value in ceilings(device, dtype).items()}
     print(", ".join(f"{key} {value}" for key, value in about.items()), "(ceilings in 1e9 a second)")
     print(f"a step is {batch} x {config.model.block_size} tokens")
-    if args.parts:
-        rows = parts.table(config, device, dtype, args.rounds)
+    if args.profile:
+        rows = profile.table(config, device, dtype, args.rounds)
     elif args.scale:
         rows = scale.table(config, device, dtype, args.rounds, args.seconds)
     else:

@@ -31,6 +31,7 @@ class Side:
     flops_per_token: int | None = None
     peak_bytes: int | None = None  # of everything that it holds and makes in a step
     seconds: list[float] = field(default_factory=list)  # a step, by round
+    batch: Callable[[], object] | None = None  # what its step takes first, where it reads data
 
     @property
     def tok_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Causal self-attention with the choices of its config, and the small layers that every block shares.
+"""Causal self-attention with the choices of its config.
 
 Grouped-query attention (Ainslie et al. 2023), rotary positions (Su et al. 2021), per-head QK-norm (Henry et
 al. 2020), an element-wise sigmoid gate on the attention output (Qiu et al. 2025, "Gated Attention").
@@ -14,32 +14,9 @@ from torch import Tensor, nn
 from moe_core.config import ModelConfig
 from moe_core.model.cache import LayerCache
 from moe_core.model.causal import causal_attention
+from moe_core.model.linear import Linear, side_by_side
 from moe_core.model.norm import RMSNorm
 from moe_core.model.rope import Tables, apply_rope
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` that computes in its input's dtype; weight and bias stay float32 masters.
-
-    Both are left uninitialised: :class:`~moe_core.model.Transformer` fills every weight from one private
-    generator.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__(in_features, out_features, bias)
-
-    def reset_parameters(self):
-        """Draws nothing: torch's default would consume the global random stream, which is the user's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-    """``nn.Embedding`` whose weight is left uninitialised, as :class:`Linear`'s is."""
-
-    def reset_parameters(self):
-        """Draws nothing: see :meth:`Linear.reset_parameters`."""
 
 
 class Attention(nn.Module):
@@ -62,9 +39,9 @@ class Attention(nn.Module):
         """``rope`` holds the tables of :func:`~moe_core.model.rope.rope_tables`; None where positions are learned.
         ``cache``: keys and values of earlier tokens, which this adds to; None is a sequence by itself.
         """
-        q_BSHC, k_BSGC, v_BSGC = (
-            proj(x_BSD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        layers = [self.q_proj, self.k_proj, self.v_proj] + ([] if self.gate_proj is None else [self.gate_proj])
+        q, k, v, *gate = side_by_side(x_BSD, layers)
+        q_BSHC, k_BSGC, v_BSGC = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
         if rope is not None:
@@ -78,6 +55,6 @@ class Attention(nn.Module):
         else:
             y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, mask, enable_gqa=self.is_grouped)
         y_BSD = y_BHSC.transpose(1, 2).flatten(-2)
-        if self.gate_proj is not None:
-            y_BSD = y_BSD * self.gate_proj(x_BSD).sigmoid()
+        if gate:
+            y_BSD = y_BSD * gate[0].sigmoid()
         return self.o_proj(y_BSD)

@@ -9,6 +9,7 @@ the grouped products (N, and those that fill up), C tokens that an expert took w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -176,7 +177,7 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
     Raises ValueError for float64 and for widths that are no multiple of 16 bytes, which ``grouped_mm``
     cannot do.
     """
-    (_, D, width_F), dtype, K = w_gate.shape, x_TD.dtype, routing.experts_TK.shape[1]
+    (_, D, width_F), dtype = w_gate.shape, x_TD.dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"grouped experts cannot compute in {dtype}; experts_impl='loop' can")
     multiple = 16 // dtype.itemsize
@@ -186,20 +187,29 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
 
     if routing.tokens_EC is not None:
         return _experts_taken(x_TD, routing, w_gate, w_up, w_down, biases)
-    order = Order.of(routing.experts_TK, len(w_gate), alignment(x_TD))
-    rows_MD = _Dispatch.apply(x_TD, order, K)
-    gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
-    if biases is not None:
-        # A product, not a lookup, whose gradient would add with atomics.
-        own_N1 = routing.experts_TK.flatten()[order.order_N].unsqueeze(-1)
-        own_ME = order.spread((own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype))
-        gate_MF, up_MF = gate_MF + own_ME @ biases.gate, up_MF + own_ME @ biases.up
-    rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
-    if biases is not None:
-        rows_MD = rows_MD + own_ME @ biases.down
+
+    def products(rows_MD: Tensor, order: Order) -> Tensor:
+        if rows_MD.is_cuda:  # as for layers side by side; a CPU is no quicker so in either type
+            gate_MF, up_MF = _grouped_mm(rows_MD, torch.cat((w_gate, w_up), 2), order.ends_E).chunk(2, -1)
+        else:
+            gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
+        if biases is not None:
+            # A product, not a lookup, whose gradient would add with atomics.
+            own_N1 = routing.experts_TK.flatten()[order.order_N].unsqueeze(-1)
+            own_ME = order.spread((own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype))
+            gate_MF, up_MF = gate_MF + own_ME @ biases.gate, up_MF + own_ME @ biases.up
+        rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
+        return rows_MD if biases is None else rows_MD + own_ME @ biases.down
+    return dispatched(x_TD, routing, len(w_gate), products)
+
+
+def dispatched(x_TD: Tensor, routing: Routing, n_experts: int, work: Callable[[Tensor, Order], Tensor]) -> Tensor:
+    """Each token's rows to its experts, through ``work`` [M, D] -> [M, D], and back, weighted and added: [T, D]."""
+    order, K = Order.of(routing.experts_TK, n_experts, alignment(x_TD)), routing.experts_TK.shape[1]
+    rows_MD = work(_Dispatch.apply(x_TD, order, K), order)
     out_TKD = _Collect.apply(rows_MD, order).unflatten(0, (-1, K))
     weights_TK = torch.where(routing.kept_TK, routing.weights_TK, 0.0)
-    return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(dtype)
+    return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
 
 
 IMPLEMENTATIONS = {"loop": experts_loop, "grouped": experts_grouped}

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_core.config import ModelConfig, RouterConfig
-from moe_core.model.attention import Attention, Embedding, Linear
+from moe_core.model.attention import Attention
 from moe_core.model.cache import LayerCache
 from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import Experts
+from moe_core.model.linear import Embedding, Linear, side_by_side
 from moe_core.model.norm import RMSNorm
 from moe_core.model.rope import Tables, rope_tables
 from moe_core.model.router import Router, RouterControls, RouterStats, Routing, draw_noise
@@ -56,10 +57,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(width_F, width_D, config.bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        up_BSF = self.up_proj(x_BSD)
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(up_BSF))
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * up_BSF)
+            return self.down_proj(F.gelu(self.up_proj(x_BSD)))
+        gate_BSF, up_BSF = side_by_side(x_BSD, (self.gate_proj, self.up_proj))
+        return self.down_proj(F.silu(gate_BSF) * up_BSF)
 
 
 class MoE(nn.Module):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_core.config import ConfigError, OptimConfig
-from moe_core.model.attention import Attention, Embedding, Linear
+from moe_core.model.attention import Attention
 from moe_core.model.experts import Experts
+from moe_core.model.linear import Embedding, Linear
 from moe_core.model.norm import RMSNorm
 from moe_core.model.router import Router
 from moe_core.model.transformer import MLP, Transformer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_core.model import causal
+from moe_core.model import Transformer, causal, linear
 from moe_core.model.causal import causal_attention
 from moe_core.model.norm import RMSNorm
 from moe_core.model.rope import apply_rope, rope_tables
@@ -96,3 +96,17 @@ def test_rotation_turns_each_pair_by_its_angle():
     same = apply_rope(x[:1, :1].expand(1, 9, 3, 8), tables)
     products = (same[0, :, None] * same[0, None, :]).sum(-1)
     torch.testing.assert_close(products[1:, 1:], products[:-1, :-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(attn_gate="sigmoid_head", n_kv_heads=1), dict(bias=True)])
+def test_layers_put_together_are_the_layers(tiny, monkeypatch, changes):
+    """One product for q, k, v and gate, and for gate and up: the loss and every gradient as one by one."""
+    config = tiny(n_experts=0, mlp="swiglu", **changes)
+    model = Transformer(config.model, config.router, seed=3, compute_dtype=torch.float64).double()
+    tokens = torch.randint(0, config.model.vocab_size, (2, config.model.block_size + 1))
+    seen = []
+    for together in (False, True):
+        monkeypatch.setattr(linear, "is_one_product", lambda x, together=together: together)
+        loss = model(tokens[:, :-1], tokens[:, 1:]).losses["ce"]
+        seen.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*seen, rtol=1e-10, atol=1e-12)
