@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries of a block
-LONGEST = 512  # tokens; from 1,024 on torch's kernel won in both types
+LONGEST = 512  # tokens; from 1,024 on torch's kernel won
 
 
 def causal_attention(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
