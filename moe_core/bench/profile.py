@@ -16,7 +16,6 @@ from moe_core.config import RunConfig
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.cross_entropy import linear_cross_entropy
 from moe_core.model.experts import dispatched
-from moe_core.model.rope import rope_tables
 from moe_core.optim import build_optimizer
 
 REST = "embedding, norms, residuals, clipping"
@@ -66,7 +65,6 @@ def _parts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[
     x_BSD = torch.randn(batch, m.block_size, m.d_model, device=device, dtype=dtype, requires_grad=True)
     x_TD = x_BSD.detach().flatten(0, 1).requires_grad_()
     targets = torch.randint(0, m.vocab_size, (batch * m.block_size,), device=device)
-    rope = rope_tables(m.block_size, m.head_dim, m.rope_theta, device, dtype) if m.use_rope else None
     block = model.blocks[-1]
 
     def both(forward: Callable[[], Tensor]) -> Callable[[], object]:
@@ -76,7 +74,7 @@ def _parts(config: RunConfig, device: torch.device, dtype: torch.dtype) -> dict[
             x_BSD.grad = x_TD.grad = None
         return work
     timed = {
-        "attention": (m.n_layer, both(lambda: block.attn(block.attn_norm(x_BSD), rope))),
+        "attention": (m.n_layer, both(lambda: block.attn(block.attn_norm(x_BSD), model.rope))),
         "cross-entropy": (1, both(lambda: linear_cross_entropy(
             model.norm(x_BSD).flatten(0, 1), model.embed.weight, targets))),
     }

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from moe_core.config import ConfigError
 from moe_core.model.cache import LayerCache
-from moe_core.model.rope import rope_tables
 from moe_core.model.router import RouterControls, Routing
 from moe_core.model.transformer import Transformer
 
@@ -50,8 +49,6 @@ class Decoder:
         temp = router.router_temp_final if temp is None else float(temp)
         # Room for every token in each expert, so that none is dropped.
         self.controls = RouterControls.constant(temp, 0.0, max(1, config.n_experts) / router.top_k, weight.device)
-        self.rope = None if not config.use_rope else rope_tables(length, config.head_dim, config.rope_theta,
-                                                                 weight.device, model.compute_dtype)
         self.caches = [LayerCache(rows, config.kv_heads, length, config.head_dim, weight, model.compute_dtype)
                        for _ in model.blocks] if use_cache else None
         self.texts: list[list[int]] = [[] for _ in range(rows)]
@@ -80,10 +77,10 @@ class Decoder:
     def _blocks(self, tokens_BN: Tensor, at_BN: Tensor, prompt: bool) -> tuple[Tensor, list[Routing]]:
         model = self.model
         x_BND, rope = model.embed(tokens_BN), None
-        if self.rope is None:
+        if model.rope is None:
             x_BND = x_BND + model.positions(at_BN)
         else:
-            rope = tuple(table[at_BN] for table in self.rope)
+            rope = tuple(table[at_BN] for table in model.rope)
         x_BND, routings = x_BND.to(model.compute_dtype), []
         for i, block in enumerate(model.blocks):
             cache, bias_E = None, None

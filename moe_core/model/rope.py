@@ -16,8 +16,7 @@ def rope_tables(length: int, head_dim: int, theta: float, device: torch.device,
                 dtype: torch.dtype = torch.float32) -> Tables:
     """Cosine, and sine with the sign that it meets, each [S, 1, C]: of position times ``theta ** (-2i/C)``.
 
-    The angles are float32 whatever the ``dtype`` of the tables. Made anew for each forward: they cost nothing beside
-    a layer, and a buffer would be cast by ``model.to``.
+    The angles are float32 whatever the ``dtype`` of the tables.
     """
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     position = torch.arange(length, device=device, dtype=torch.float32)

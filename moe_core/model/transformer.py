@@ -142,12 +142,22 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(Block(model, router, experts_impl, routed=False) for _ in range(model.n_mtp))
         has_bias = model.n_experts and router.uses_bias
         self.register_buffer("balance_bias", torch.zeros(model.n_moe_layer, model.n_experts) if has_bias else None)
+        self._place_rope()
         if not self.embed.weight.is_meta:
             initialise(self, seed)
+
+    def _place_rope(self) -> None:
+        """The tables of all positions, where the weights are. No buffer: ``model.bfloat16()`` would cast it; and not
+        made in a forward: a compiler would work out the cosine of each angle anew wherever it is used.
+        """
+        c = self.config
+        self.rope = rope_tables(c.block_size, c.head_dim, c.rope_theta, self.embed.weight.device,
+                                self.compute_dtype) if c.use_rope else None
 
     def _apply(self, fn, recurse=True):
         bias = self.balance_bias
         super()._apply(fn, recurse)
+        self._place_rope()
         if bias is not None and self.balance_bias.dtype != torch.float32:
             # model.bfloat16() means the activations; steps of a thousandth would be lost in it.
             self.balance_bias = bias.to(self.balance_bias.device)
@@ -196,7 +206,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x_BSD = x_BSD + self.positions.weight[:length]
         else:
-            rope = rope_tables(length, config.head_dim, config.rope_theta, tokens_BS.device, self.compute_dtype)
+            rope = tuple(table[:length] for table in self.rope)
         x_BSD = _dropped(x_BSD, None if kept_NBSD is None else kept_NBSD[0], config.dropout).to(self.compute_dtype)
         routings = []
         for i, block in enumerate(self.blocks):

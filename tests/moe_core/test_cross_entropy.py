@@ -52,7 +52,7 @@ def test_the_logits_are_never_held_whole():
     from torch.utils._python_dispatch import TorchDispatchMode
 
     n, vocab, width = 1024, 8192, 8
-    most = cross_entropy.rows_of_a_chunk(vocab, torch.device("cpu")) * vocab
+    most = cross_entropy.rows_of_a_chunk(vocab, torch.device("cpu"), torch.float32) * vocab
 
     class Largest(TorchDispatchMode):
         seen = 0
