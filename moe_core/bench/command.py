@@ -2,6 +2,7 @@
 
     moe bench                                   nano on a CPU, moe-203m on a GPU, against every peer installed
     moe bench --compiled --dtype bfloat16       compiled sides too
+    moe bench --only "ours,Qwen3-MoE grouped_mm"  some of the sides
     moe bench --scale                           against experts, picks, width and sequence
     moe bench --profile                         where a step's time goes
 """
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--only", default="", help="sides whose name has one of these words, with commas")
+    parser.add_argument("--only", default="", help="sides whose name has one of these texts, with commas")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                         help="torch.compile too, ours and the peer's (default: on a GPU)")
     parser.add_argument("--scale", action="store_true", help="how speed and memory change with the shape")
@@ -78,7 +79,8 @@ def compare(args, config, device, dtype, about) -> list[dict]:
     peak = next((value for name, value in PEAK.items() if name in str(about["device"])), about["matmul_flops"] * 1e9)
     stated = "the maker's" if peak in PEAK.values() else "the measured matmul"
     print(f"\nMFU: FLOPs in the PaLM convention over {stated} {peak / 1e12:.2f} TFLOP/s; "
-          f"ratio: tokens for tokens over the first row, quartiles of {args.rounds} rounds")
+          f"ratio: tokens for tokens over the first row, quartiles of {args.rounds} rounds;\n"
+          "dense: of equal active size; trainer: the stepwise trainer with all its metrics, the others a bare loop")
     print(f"{'':44s} {'tokens/s':>10s} {'MFU':>6s} {'peak MB':>9s}  ratio")
     return [_row(side, sides[0], peak) for side in sides]
 

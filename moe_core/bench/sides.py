@@ -110,22 +110,22 @@ def makers(config: RunConfig, device: torch.device, dtype: torch.dtype, also_com
     def add(name: str, make: Callable[..., Side], *args, **options) -> None:
         made[name] = lambda: make(*args, name=name, **options)
     dense, muon = dense_twin(config), config.replace(optimizer="muon_adamw")
-    add("ours, grouped", ours, config, device, dtype)
-    add("ours, grouped again", ours, config, device, dtype)
-    add("ours, loop", ours, config, device, dtype, "loop")
-    add("ours, dense of equal active parameters", ours, dense, device, dtype)
-    add("ours, trainer with all metrics", with_metrics, config, device, dtype)
-    add("ours, Muon + AdamW", ours, muon, device, dtype)
+    add("ours grouped", ours, config, device, dtype)
+    add("ours grouped again", ours, config, device, dtype)
+    add("ours loop", ours, config, device, dtype, "loop")
+    add("ours dense", ours, dense, device, dtype)
+    add("ours Muon + AdamW", ours, muon, device, dtype)
+    add("ours trainer", with_metrics, config, device, dtype)
     for family in PEERS:
         # batched_mm copies an expert's weights for every token: gigabytes, and minutes on a CPU
         for impl in IMPLEMENTATIONS[:2 + (device.type == "cuda")] if family == "Qwen3-MoE" else ("grouped_mm",):
-            add(f"{family}, {impl}", peer, family, config, device, dtype, impl)
+            add(f"{family} {impl}", peer, family, config, device, dtype, impl)
     if also_compiled:
-        add("ours, compiled", ours, config, device, dtype, compile=True)
-        add("ours, dense compiled", ours, dense, device, dtype, compile=True)
-        add("ours, trainer with all metrics, compiled", with_metrics, config, device, dtype, compile=True)
-        add("ours, Muon + AdamW, compiled", ours, muon, device, dtype, compile=True)
-        add("Qwen3-MoE, grouped_mm, compiled", peer, "Qwen3-MoE", config, device, dtype, "grouped_mm", compile=True)
+        add("ours compiled", ours, config, device, dtype, compile=True)
+        add("ours dense compiled", ours, dense, device, dtype, compile=True)
+        add("ours Muon + AdamW compiled", ours, muon, device, dtype, compile=True)
+        add("ours trainer compiled", with_metrics, config, device, dtype, compile=True)
+        add("Qwen3-MoE grouped_mm compiled", peer, "Qwen3-MoE", config, device, dtype, "grouped_mm", compile=True)
     return made
 
 

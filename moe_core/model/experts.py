@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe_core.model.router import Routing
 
@@ -90,22 +91,33 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_MD: Tensor):
         (place_N,) = ctx.saved_tensors
-        return grad_MD[place_N].unflatten(0, (-1, ctx.K)).sum(1), None, None
+        grad_ND = grad_MD[place_N]
+        return grad_ND if ctx.K == 1 else grad_ND.unflatten(0, (-1, ctx.K)).sum(1), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Bring the rows back from the order of experts to that of tokens, [M, D] -> [N, D]."""
+class _Combine(torch.autograd.Function):
+    """Bring the rows back from the order of experts to that of tokens, each times its weight, and add those of a
+    token: [M, D], [T, K] -> [T, D]. Sums and the weights' gradient are float32 at least.
+    """
 
     @staticmethod
-    def forward(ctx, rows_MD: Tensor, order: Order) -> Tensor:
-        ctx.save_for_backward(*order[:-1])
+    def forward(ctx, rows_MD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
+        picked_TKD = rows_MD[order.place_N].unflatten(0, weights_TK.shape)
+        ctx.save_for_backward(picked_TKD, weights_TK, *order[:-1])
         ctx.rows = order.rows
-        return rows_MD[order.place_N]
+        parts_TKD = picked_TKD * weights_TK.unsqueeze(-1)
+        y_TD = parts_TKD.squeeze(1) if parts_TKD.shape[1] == 1 else parts_TKD.sum(1)
+        return y_TD.to(rows_MD.dtype)
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor):
-        order = Order(*ctx.saved_tensors, ctx.rows)
-        return order.spread(grad_ND[order.order_N]), None
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        picked_TKD, weights_TK, *order = ctx.saved_tensors
+        order = Order(*order, ctx.rows)
+        grad_weights_TK = (picked_TKD * grad_TD.to(weights_TK.dtype).unsqueeze(1)).sum(-1)
+        token_N = order.order_N // weights_TK.shape[1]
+        grad_ND = grad_TD[token_N] * weights_TK.flatten()[order.order_N].unsqueeze(-1)
+        return order.spread(grad_ND.to(picked_TKD.dtype)), grad_weights_TK, None
 
 
 @torch.library.custom_op("moe_core::grouped_mm_float32", mutates_args=())
@@ -207,9 +219,7 @@ def dispatched(x_TD: Tensor, routing: Routing, n_experts: int, work: Callable[[T
     """Each token's rows to its experts, through ``work`` [M, D] -> [M, D], and back, weighted and added: [T, D]."""
     order, K = Order.of(routing.experts_TK, n_experts, alignment(x_TD)), routing.experts_TK.shape[1]
     rows_MD = work(_Dispatch.apply(x_TD, order, K), order)
-    out_TKD = _Collect.apply(rows_MD, order).unflatten(0, (-1, K))
-    weights_TK = torch.where(routing.kept_TK, routing.weights_TK, 0.0)
-    return (out_TKD * weights_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
+    return _Combine.apply(rows_MD, torch.where(routing.kept_TK, routing.weights_TK, 0.0), order)
 
 
 IMPLEMENTATIONS = {"loop": experts_loop, "grouped": experts_grouped}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_core.model import Transformer, causal, linear
-from moe_core.model.causal import causal_attention
+from moe_core.model.causal import attention_in_blocks, causal_attention
 from moe_core.model.norm import RMSNorm
 from moe_core.model.rope import apply_rope, rope_tables
 
@@ -33,7 +33,7 @@ def test_attention_in_blocks_is_attention(length, groups):
     q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, groups, groups))
     weight = torch.randn_like(q)
     expected = gradients(plain_attention, (q, k, v), weight)
-    for got, want in zip(gradients(causal_attention, (q, k, v), weight), expected, strict=True):
+    for got, want in zip(gradients(attention_in_blocks, (q, k, v), weight), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -42,18 +42,21 @@ def test_attention_in_blocks_is_as_exact_as_its_type(dtype, within):
     """Its distance from float64 over its size, as torch's own kernel's."""
     q, k, v = (torch.randn(2, 4, 160, 32, dtype=torch.float64) for _ in range(3))
     weight = torch.randn_like(q)
-    expected = gradients(plain_attention, (q, k, v), weight)
-    for got, want in zip(gradients(causal_attention, [t.to(dtype) for t in (q, k, v)], weight), expected, strict=True):
+    ours = gradients(attention_in_blocks, [t.to(dtype) for t in (q, k, v)], weight)
+    for got, want in zip(ours, gradients(plain_attention, (q, k, v), weight), strict=True):
         assert (got.double() - want).norm() / want.norm() < within
 
 
-def test_a_long_text_takes_torchs_kernel(monkeypatch):
-    """Past LONGEST no S x S probabilities are kept, and the numbers are the same."""
-    q, k, v = (torch.randn(1, 2, 96, 8) for _ in range(3))
-    ours = causal_attention(q, k, v)
-    monkeypatch.setattr(causal, "LONGEST", 95)
-    monkeypatch.setattr(causal, "_Blockwise", None)
-    torch.testing.assert_close(causal_attention(q, k, v), ours, rtol=1e-5, atol=1e-6)
+def test_only_short_bfloat16_texts_go_block_by_block(monkeypatch):
+    """Past LONGEST no S x S probabilities are kept; whichever way it goes, the numbers are about the same."""
+    monkeypatch.setattr(causal, "LONGEST", 96)
+    ways = []
+    monkeypatch.setattr(causal, "attention_in_blocks", lambda *qkv: ways.append(qkv) or attention_in_blocks(*qkv))
+    for length, dtype, within in ((96, torch.bfloat16, 0.02), (97, torch.bfloat16, 0.02), (96, torch.float32, 1e-5)):
+        q, k, v = (torch.randn(1, 2, length, 8, dtype=dtype) for _ in range(3))
+        expected = plain_attention(q.double(), k.double(), v.double())
+        assert (causal_attention(q, k, v).double() - expected).norm() / expected.norm() < within
+    assert [qkv[0].shape[2] for qkv in ways] == [96]
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 16), (2, 5, 3, 8)])
