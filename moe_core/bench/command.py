@@ -5,6 +5,7 @@
     moe bench --only "ours,Qwen3-MoE grouped_mm"  some of the sides
     moe bench --scale                           against experts, picks, width and sequence
     moe bench --profile                         where a step's time goes
+    moe bench --curves                          whether the ways to compute give the same losses
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from moe_core.bench import profile, scale
+from moe_core.bench import curves, profile, scale
 from moe_core.bench.harness import Side, built, ceilings, interleave, machine, ratio
 from moe_core.bench.sides import makers
 from moe_core.presets import preset
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="torch.compile too, ours and the peer's (default: on a GPU)")
     parser.add_argument("--scale", action="store_true", help="how speed and memory change with the shape")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")
+    parser.add_argument("--curves", action="store_true", help="loss curves of the ways to compute, side by side")
     parser.add_argument("--json", type=Path, help="write the figures here")
 
 
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
     print(f"a step is {batch} x {config.model.block_size} tokens")
     if args.profile:
         rows = profile.table(config, device, dtype, args.rounds)
+    elif args.curves:
+        rows = curves.table(config, device, dtype)
     elif args.scale:
         rows = scale.table(config, device, dtype, args.rounds, args.seconds)
     else:
@@ -75,7 +79,9 @@ def compare(args, config, device, dtype, about) -> list[dict]:
     sides = built(wanted, device, warmup=3)
     if not sides:
         raise ValueError(f"--only {args.only!r}: no side is left; there are {', '.join(wanted) or 'none of that name'}")
-    interleave(sides, args.rounds, args.seconds, device)
+    sides = interleave(sides, args.rounds, args.seconds, device)
+    if not sides:
+        raise ValueError("no side took all its steps")
     peak = next((value for name, value in PEAK.items() if name in str(about["device"])), about["matmul_flops"] * 1e9)
     stated = "the maker's" if peak in PEAK.values() else "the measured matmul"
     print(f"\nMFU: FLOPs in the PaLM convention over {stated} {peak / 1e12:.2f} TFLOP/s; "

@@ -57,8 +57,7 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
                 side.step()
             side.peak_bytes = peak_bytes(side.step, device, held)
         except Exception as error:  # whatever an optional peer raises, the table goes on without it
-            why = (str(error).strip().splitlines() or ["no reason given"])[0][:150]
-            say(f"{name}: left out, {type(error).__name__}: {why}")
+            say(f"{name}: left out, {_why(error)}")
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -68,24 +67,40 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
     return sides
 
 
-def interleave(sides: list[Side], rounds: int, seconds: float, device: torch.device) -> None:
-    """Time every side in every round, the one that goes first changing; about ``seconds`` a side and round."""
-    steps = {}
-    for side in sides:
-        wait(device)
-        began = time.perf_counter()
-        side.step()
-        wait(device)
-        steps[side.name] = max(1, round(seconds / (time.perf_counter() - began)))
-    for turn in range(rounds):
-        at = turn % len(sides)
-        for side in sides[at:] + sides[:at]:
+def interleave(sides: list[Side], rounds: int, seconds: float, device: torch.device,
+               say: Callable[[str], None] = print) -> list[Side]:
+    """Time every side in every round, the one that goes first changing; about ``seconds`` a side and round. Those
+    that got through are given back; of one that fails on the way ``say`` hears why.
+    """
+    steps: dict[str, int] = {}
+
+    def timed(side: Side, times: int) -> float | None:
+        try:
             wait(device)
             began = time.perf_counter()
-            for _ in range(steps[side.name]):
+            for _ in range(times):
                 side.step()
             wait(device)
-            side.seconds.append((time.perf_counter() - began) / steps[side.name])
+            return (time.perf_counter() - began) / times
+        except Exception as error:
+            say(f"{side.name}: given up, {_why(error)}")
+            return None
+    kept = list(sides)
+    for turn in range(-1, rounds):  # the first only to see how long a step takes
+        at = max(turn, 0) % max(len(kept), 1)
+        for side in kept[at:] + kept[:at]:
+            took = timed(side, steps.get(side.name, 1))
+            if took is None:
+                kept.remove(side)
+            elif turn < 0:
+                steps[side.name] = max(1, round(seconds / took))
+            else:
+                side.seconds.append(took)
+    return kept
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0][:150]}"
 
 
 def ratio(side: Side, base: Side) -> tuple[float, float, float]:

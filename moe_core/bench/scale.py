@@ -27,7 +27,7 @@ def table(config: RunConfig, device: torch.device, dtype: torch.dtype, rounds: i
             name = f"{axis} = {value}"
             makers[name] = lambda changed=changed, name=name: ours(changed, device, dtype, name=name)
         sides = built(makers, device, warmup=2, say=lambda line: print(line) if "left out" in line else None)
-        interleave(sides, rounds, seconds, device)
+        sides = interleave(sides, rounds, seconds, device)
         print(f"\n{axis:20s} {'tokens/s':>10s} {'GFLOP/s':>9s} {'peak MB':>9s}")
         for side in sides:
             flops = side.flops_per_token * side.tok_s

@@ -18,15 +18,18 @@ def arguments(*words):
 
 
 def test_a_side_that_fails_is_said_and_left_out(tmp_path):
-    """The others are timed in every round; nothing is raised."""
-    said, steps = [], []
+    """When it is made, or later on; the others are timed in every round, and nothing is raised."""
+    said, steps, tired = [], [], iter(range(4))
 
     def broken():
         raise ImportError("no such peer\nwith a long story")
     made = {"good": lambda: Side("good", lambda: steps.append(1), 10), "broken": broken,
+            "tires": lambda: Side("tires", lambda: next(tired), 10),
             "twice": lambda: Side("twice", lambda: (steps.append(1), steps.append(1)), 20)}
-    kept = built(made, CPU, warmup=1, say=said.append)
-    interleave(kept, 3, 0.0, CPU)
+    sides = built(made, CPU, warmup=1, say=said.append)
+    kept = interleave(sides, 3, 0.0, CPU, say=said.append)
+    assert [side.name for side in sides] == ["good", "tires", "twice"]
+    assert said[-1] == "tires: given up, StopIteration: no reason given"
     assert [side.name for side in kept] == ["good", "twice"] and all(len(side.seconds) == 3 for side in kept)
     assert "broken: left out, ImportError: no such peer" in said
     kept[0].seconds, kept[1].seconds = [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]
