@@ -16,11 +16,10 @@ from moe_core.config import (
 )
 from moe_core.data import DataError
 from moe_core.knobs import KnobError
-from moe_core.peaks import Search
 from moe_core.presets import preset
 from moe_core.run import Run, free_path
 from moe_core.session import Command, Progress, Session
-from moe_core.shootout import Shootout
+from moe_core.shootout import Search, Shootout
 from moe_core.store import RunStore, StoreError
 from moe_core.trainer import MemoryLimitError, NonFiniteError, StepRecord, Trainer
 

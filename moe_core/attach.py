@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from moe_core import probe, store_access
+from moe_core import probe
 from moe_core.config import RunConfig
 from moe_core.face import Face
 from moe_core.history import turns
@@ -18,6 +18,7 @@ from moe_core.inbox import Inbox
 from moe_core.knobs import Knobs
 from moe_core.porter import PROGRESS
 from moe_core.session import BUSY, Command, Progress
+from moe_core.storage import access
 from moe_core.store import MAIN, RunStore, StoreError
 
 LOOK = 0.1  # seconds that what was read counts as new
@@ -115,7 +116,7 @@ class _Remote:
             raise StoreError(f"{self._run.path}: {answer.refused}")
 
     def _refuse_gone(self) -> None:
-        if store_access.writer(self._run.path) is None:
+        if access.writer(self._run.path) is None:
             raise StoreError(f"{self._run.path}: no process trains this run, so nothing was changed; mc.Run.open "
                              "goes on with it here")
 
@@ -153,7 +154,7 @@ class _Remote:
         run = self._run
         told = run.store.get_meta(PROGRESS)
         step = run.current_step
-        if told is None or store_access.writer(run.path) is None:
+        if told is None or access.writer(run.path) is None:
             return Progress("gone", step, 0, 0, None, None, None)
         total = told["chunk_total"]
         done = min(max(step - told["chunk_start"], 0), total)

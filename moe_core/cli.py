@@ -13,9 +13,9 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
-from moe_core import headless, verbs
-from moe_core.flags import FIELDS
-from moe_core.headless import TrainingError, tell
+from moe_core.dialects.flags import FIELDS
+from moe_core.shell import headless, verbs
+from moe_core.shell.headless import TrainingError, tell
 from moe_core.trainer import NonFiniteError
 
 FAILED = (TrainingError, NonFiniteError)

@@ -1,4 +1,4 @@
-"""The users' command lines as configs: three scripts' dialects (``moe_core.flags``), and this project's own.
+"""The users' command lines as configs: three scripts' dialects (``moe_core.dialects.flags``), and this project's own.
 
 Which dialect a line is written in: the script's name says it. Where that is absent or unknown: the dialect that knows
 the most of its flags; among equals the one that alone knows the most; then the one that writes flags as the line does,
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_core import pasted
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
-from moe_core.flags import ANYWHERE, DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH, Dialect, Flag
+from moe_core.dialects import pasted
+from moe_core.dialects.flags import ANYWHERE, DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH, Dialect, Flag
 from moe_core.presets import PRESETS, preset
 
 OWN = "moe train"

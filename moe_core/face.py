@@ -172,9 +172,9 @@ class Face:
         The form is Mixtral, Qwen3-MoE or Qwen3-Next, by what the config needs. Raises ConfigError with the field that
         no form holds, and ExportError where it cannot be written.
         """
-        from moe_core import hf
+        from moe_core.hf.folder import export
 
-        return hf.export(self._probed, folder, step)
+        return export(self._probed, folder, step)
 
     def branches(self):
         """DataFrame: name, parent, fork_step, last_step, created, current."""

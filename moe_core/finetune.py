@@ -66,9 +66,9 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
     if not given:
         return settled(config, say), None
     if init_from_hf is not None:
-        from moe_core import hf
+        from moe_core.hf.folder import begin_with
 
-        return hf.begin_with(config, init_from_hf, say)
+        return begin_with(config, init_from_hf, say)
     source = find(init_from if upcycle_from is None else upcycle_from, keep_optimizer)
     config, folder = with_tokenizer(config, tokenizer_of(source.config, say), source.config, source.name, say)
     if upcycle_from is not None:

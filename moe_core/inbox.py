@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_core.store_access import as_store_error, connect
+from moe_core.storage.access import as_store_error, connect
 
 FILE = "inbox.sqlite"
 _TABLE = """CREATE TABLE IF NOT EXISTS wishes(

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_core.config import RunConfig
+from moe_core.storage.rows import Steps
 from moe_core.store import MAIN, Branch, RunStore, StoreError
-from moe_core.store_rows import Steps
 from moe_core.trackers import TRACKERS, Line, Tracker
 
 CHUNK = 16  # rows handed over without a rest

@@ -31,9 +31,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_core import store_access
 from moe_core.config import OPTIMIZERS
 from moe_core.old_forms import Console, Draft, LogError, Tally, is_wandb, read_wandb
+from moe_core.storage import access
 from moe_core.store import MAIN, RunStore, as_store_error
 
 __all__ = ["Imported", "LogError", "import_log"]
@@ -160,7 +160,7 @@ def _write(run_path: Path, logs: list[Path], whole: dict[str, tuple[Draft, dict]
                         branches[name] = tuple(branch.name for branch in store.branches() if branch.id != MAIN)
                 rows += sum(bool(row) for stretch in draft.stretches for row in stretch.rows.values())
                 values += _size(draft)
-            store_access.refuse_existing(run_path)  # made by another meanwhile
+            access.refuse_existing(run_path)  # made by another meanwhile
             drafts_path.rename(run_path)
         finally:
             shutil.rmtree(drafts_path, ignore_errors=True)

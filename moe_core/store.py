@@ -1,4 +1,4 @@
-"""RunStore: metrics, expert shares and events of a run in one SQLite file (see ``moe_core.store_schema``).
+"""RunStore: metrics, expert shares and events of a run in one SQLite file (see ``moe_core.storage.schema``).
 
 One process writes, any number read, and neither waits for the other (WAL). What a ``log_...`` call returned
 from outlives ``kill -9``; a power cut may take the newest commits with it, never an older row
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
-from moe_core import store_access as access
-from moe_core.store_access import StoreError, as_store_error
-from moe_core.store_rows import Steps, decode, pack_metrics, to_json
-from moe_core.store_schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
+from moe_core.storage import access
+from moe_core.storage.access import StoreError, as_store_error
+from moe_core.storage.rows import Steps, decode, pack_metrics, to_json
+from moe_core.storage.schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
 
 __all__ = ["Branch", "RunStore", "Steps", "StoreError"]
 

@@ -21,7 +21,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from moe_core.shootout import Shootout
-from moe_core.shootout_table import TAIL, Line
+from moe_core.shootout.table import TAIL, Line
 from widgets.charts import STEP, Chart, expert_colors
 from widgets.figures import MEDIUM, WIDTH, Place, arrange
 from widgets.marks import Marks

@@ -12,8 +12,8 @@ import pytest
 from moe_core import RunStore, StoreError
 from moe_core.cli import main
 from moe_core.commands import spell
-from moe_core.console import eval_line, params_line, step_line
 from moe_core.presets import preset
+from moe_core.shell.console import eval_line, params_line, step_line
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from moe_core import ConfigError, RunConfig, preset
 from moe_core.commands import parse, read, spell
-from moe_core.flags import DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH
+from moe_core.dialects.flags import DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH
 from moe_core.model import count_params
 
 # Every flag of the three scripts, with its default where the users' list gives one.

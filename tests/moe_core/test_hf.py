@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from moe_core import ConfigError, Run, hf, hf_forms
+from moe_core import ConfigError, Run
 from moe_core.export import ExportError
+from moe_core.hf import folder as hf
+from moe_core.hf import forms
 from moe_core.model import RouterControls, Transformer
 
 FORMS = {
@@ -103,13 +105,13 @@ def test_a_shared_expert_behind_a_gate_that_does_something_is_refused(tiny):
     """Half of it passes where the gate's weight is 0, which is exact; any other gate is none of ours."""
     config = tiny(**FORMS["qwen3_next"], n_shared_experts=1, router_bias=False)
     state = Transformer(config.model, config.router, seed=1).state_dict()
-    theirs = hf_forms.to_hf(state, config.model, "qwen3_next", temp=1.0)
-    back = hf_forms.from_hf(theirs, config.model, "qwen3_next")
+    theirs = forms.to_hf(state, config.model, "qwen3_next", temp=1.0)
+    back = forms.from_hf(theirs, config.model, "qwen3_next")
     shared = [name for name in state if ".shared." in name]
     assert len(shared) == 6 and all(torch.equal(back[name], state[name]) for name in shared)
     theirs["model.layers.1.mlp.shared_expert_gate.weight"][0, 3] = 0.1
     with pytest.raises(ConfigError, match="gate of the shared expert of layer 1 in the folder: must be zero"):
-        hf_forms.from_hf(theirs, config.model, "qwen3_next")
+        forms.from_hf(theirs, config.model, "qwen3_next")
 
 
 def test_a_folder_of_transformers_goes_in_and_out_to_the_bit(tiny, create, tmp_path):

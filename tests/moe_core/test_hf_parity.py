@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from moe_core.config import RunConfig
-from moe_core.hf_forms import MIXTRAL, QWEN3_MOE, QWEN3_NEXT, fields_of, form_of, from_hf, to_hf
+from moe_core.hf.forms import MIXTRAL, QWEN3_MOE, QWEN3_NEXT, fields_of, form_of, from_hf, to_hf
 from moe_core.model import Transformer
 
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,

@@ -15,9 +15,9 @@ import torch
 from moe_core import ConfigError, Run, StoreError, preset
 from moe_core.checkpoint import load
 from moe_core.model.size import flops_per_token
-from moe_core.peaks import Search, rates, stretched, with_rates
-from moe_core.shootout import Shootout, shootout_from
-from moe_core.shootout_table import COLUMNS, Line, interval, table
+from moe_core.shootout import Search, Shootout, shootout_from
+from moe_core.shootout.peaks import rates, stretched, with_rates
+from moe_core.shootout.table import COLUMNS, Line, interval, table
 from moe_core.twins import active_params, finer, moe_twin, total_params
 
 FOUR = ("adamw", "muon_adamw", "muon_sophia", "sophia")

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_core import store_schema
+from moe_core.storage import schema
 from moe_core.store import RunStore, StoreError
 
 
@@ -214,7 +214,7 @@ def test_the_documented_sql_runs_as_pasted(store, rng):
             store.log_step(branch, step, 0.0, metrics, rng.random((2, 2, 3), np.float32))
     store.log_event(1, 3, "knob", {"name": "lr_scale"}, asked=time.time() - 2)
     store.log_event(1, 8, "note", {"text": "x"})
-    block = store_schema.__doc__.split("::\n")[1].split("\n``steps.id``")[0]
+    block = schema.__doc__.split("::\n")[1].split("\n``steps.id``")[0]
     statements = [s for s in re.split(r"(?<=;)\n", block) if s.strip()]
     assert len(statements) == 4
     with look(store) as db:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_core import preset
 from moe_core.shootout import Shootout
-from moe_core.shootout_table import Line
+from moe_core.shootout.table import Line
 from widgets.shootout import ShootoutView, shootout_figure, table_html
 
 LABELS = ("adamw", "muon_adamw", "sophia")

@@ -7,10 +7,11 @@ import signal
 import time
 from pathlib import Path
 
-from moe_core import commands, headless
+from moe_core import commands
 from moe_core.config import ConfigError
-from moe_core.headless import held, tell
 from moe_core.knobs import KnobError
+from moe_core.shell import headless
+from moe_core.shell.headless import held, tell
 from moe_core.store import StoreError
 
 PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
@@ -38,8 +39,7 @@ def train(words: list[str]) -> int:
 
 
 def shootout(words: list[str]) -> int:
-    from moe_core.peaks import Search
-    from moe_core.shootout import shootout_from
+    from moe_core.shootout import Search, shootout_from
 
     own, words = _own_flags(words)
     line = commands.read(["moe", "shootout", *words])
@@ -161,13 +161,13 @@ def _number(name: str, text: str) -> float:
 
 
 def ls(given) -> None:
-    from moe_core import overview
+    from moe_core.shell import overview
 
     print("\n".join(overview.table(Path(given.dir))))
 
 
 def show(given) -> None:
-    from moe_core import overview
+    from moe_core.shell import overview
 
     print("\n".join(overview.describe(Path(given.run))))
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
-from moe_core.peaks import stretched, with_rates
+from moe_core.shootout.peaks import stretched, with_rates
 
 # What makes batches and validation the same for all entries.
 SHARED = ("vocab_size", "block_size", "batch_size", "gradient_accumulation_steps", "max_iters", "eval_interval",

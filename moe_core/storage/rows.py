@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_core.store_schema import STEP_MAX
+from moe_core.storage.schema import STEP_MAX
 
 
 @dataclass(frozen=True, eq=False)

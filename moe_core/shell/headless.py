@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_core import checkpoint, commands, store_access
+from moe_core import checkpoint, commands
 from moe_core.attach import Attached
-from moe_core.console import Console
 from moe_core.run import Run, free_path
 from moe_core.session import BUSY
+from moe_core.shell.console import Console
+from moe_core.storage import access
 from moe_core.store import RunStore, StoreError
 from moe_core.trainer import resolve_device
 
@@ -41,7 +42,7 @@ def tell(line: str) -> None:
 def held(path: str | Path) -> Iterator[Run | Attached]:
     """The run in ``path`` to steer: opened here, or attached where another process has it. Raises StoreError."""
     RunStore.open(path).close()  # says what is wrong with it
-    run = Run.open(path) if store_access.writer(Path(path)) is None else Run.attach(path)
+    run = Run.open(path) if access.writer(Path(path)) is None else Run.attach(path)
     try:
         yield run
     finally:
@@ -70,7 +71,7 @@ def train(line: commands.Line) -> int:
 
 def resume(path: str, steps: int | None) -> int:
     """``moe resume``: go on with the run in ``path`` for ``steps`` steps, or to its planned end."""
-    if _holds_run(path) and store_access.writer(Path(path)) is not None:
+    if _holds_run(path) and access.writer(Path(path)) is not None:
         return _resume_elsewhere(path, steps)
     run = _return(path)
     return drive(run, run.config.optim.max_iters, steps)
@@ -95,7 +96,7 @@ def default_place(name: str) -> Path:
 
 
 def _holds_run(path: str | None) -> bool:
-    return path is not None and (Path(path) / store_access.FILE).is_file()
+    return path is not None and (Path(path) / access.FILE).is_file()
 
 
 def _return(path: str) -> Run:

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from moe_core.store_schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
+from moe_core.storage.schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
 
 FILE = "run.sqlite"
 PROBE = 0.5  # seconds that taking the lock waits

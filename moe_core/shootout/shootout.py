@@ -20,10 +20,10 @@ import torch
 
 from moe_core import frames
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
-from moe_core.entries import one_of, planned, whole
-from moe_core.peaks import Search, rates, spell, with_rates
 from moe_core.run import Run
-from moe_core.shootout_table import Line, step_lines, summary_lines, table, write_csv
+from moe_core.shootout.entries import one_of, planned, whole
+from moe_core.shootout.peaks import Search, rates, spell, with_rates
+from moe_core.shootout.table import Line, step_lines, summary_lines, table, write_csv
 from moe_core.store import MAIN, RunStore, StoreError
 from moe_core.trainer import NonFiniteError, resolve_device
 
@@ -288,7 +288,7 @@ class Shootout:
         return next(adamw, next(iter(self.entries)))
 
     def summary(self, baseline: str | None = None):
-        """DataFrame, one row an entry (see :func:`moe_core.shootout_table.table`)."""
+        """DataFrame, one row an entry (see :func:`moe_core.shootout.table.table`)."""
         peaks = {}
         for label in self.entries:
             try:

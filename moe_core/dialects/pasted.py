@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from moe_core.config import ConfigError
-from moe_core.flags import ANYWHERE, DIALECTS
+from moe_core.dialects.flags import ANYWHERE, DIALECTS
 
 _END = {"|", "||", "&&", "&", ";", ">", ">>", "2>", "2>&1", "*>", "<"}  # between a shell's commands
 _NOT_A_PATH = re.compile(r"(py|python[\d.]*|torchrun|accelerate|deepspeed|uv|srun|nohup|time|env|PS|&)(\.exe)?"

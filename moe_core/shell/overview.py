@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_core import commands, origin, store_access
+from moe_core import commands, origin
 from moe_core.attach import Attached
 from moe_core.run import Run
+from moe_core.storage import access
+from moe_core.storage.rows import Steps
 from moe_core.store import MAIN, RunStore, StoreError
-from moe_core.store_rows import Steps
 
 DEPTH = 4  # folders below the one that is listed in which runs are looked for
 EVENTS = 12  # newest, that `moe show` prints
@@ -27,7 +28,7 @@ def runs_in(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise StoreError(f"{folder}: there is no such directory")
     for path, names, files in os.walk(folder):
-        if store_access.FILE in files:
+        if access.FILE in files:
             names.clear()
             yield Path(path)
         if len(Path(path).relative_to(folder).parts) >= DEPTH:
@@ -74,7 +75,7 @@ def state(store: RunStore) -> str:
     """What the process that has the run open does with it; "closed" where none has."""
     if IMPORTED in store.config:
         return "imported"
-    if store_access.writer(Path(store.path)) is None:
+    if access.writer(Path(store.path)) is None:
         return "closed"
     return (store.get_meta("progress") or {}).get("state", "open")
 

@@ -3,7 +3,7 @@
     run.export_hf("models/first")
     AutoModelForCausalLM.from_pretrained("models/first")       # no remote code; logits within 1e-5 in float32
 
-The folder has the model in one of three forms (``moe_core.hf_forms``), its tokenizer, a card made from the run, and
+The folder has the model in one of three forms (``moe_core.hf.forms``), its tokenizer, a card made from the run, and
 ``moe_workbench.safetensors``: the few tensors that do not come back to the bit from what ``transformers`` keeps (a
 router whose temperature was taken into its weight, a norm as 1 + w), so that a run that begins with the folder has
 exactly the weights that were exported. They are believed only where they give the folder's own weights to the bit.
@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_core import finetune, hf_card, hf_forms
+from moe_core import finetune
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import DataError, tokenizer_of
 from moe_core.data.pretrained import load_pretrained, quiet_transformers, save_folder
 from moe_core.export import ExportError
+from moe_core.hf import card, forms
 from moe_core.knobs import Knobs
 from moe_core.origin import Origin
 from moe_core.probe import Weights, weights_of
@@ -41,14 +42,14 @@ def export(run, folder: str | os.PathLike, step: int | str | None = None) -> Pat
     folder, config = Path(folder), run.config
     if os.path.lexists(folder):
         raise ExportError(f"{folder}: exists already; choose another folder")
-    form = hf_forms.form_of(config)
+    form = forms.form_of(config)
     weights = weights_of(run, step)
     state = {name: value.detach().cpu() for name, value in weights.model.items()
              if not name.startswith("mtp.")}  # the heads for tokens further on are of use in training alone
-    hf_forms.refuse_weights(state)
+    forms.refuse_weights(state)
     tokenizer, temp = tokenizer_of(config, print), weights.knobs["router_temp"]
     end = None if tokenizer is None else tokenizer.end_of_text
-    theirs = hf_forms.to_hf(state, config.model, form, temp)
+    theirs = forms.to_hf(state, config.model, form, temp)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         draft.mkdir(parents=True)
@@ -56,7 +57,7 @@ def export(run, folder: str | os.PathLike, step: int | str | None = None) -> Pat
         _save_own(draft / OWN, state, theirs, config, form, weights)
         if tokenizer is not None:
             save_folder(tokenizer, draft, model_max_length=config.model.block_size)
-        (draft / "README.md").write_text(hf_card.card(run, weights, form, tokenizer is not None), encoding="utf-8")
+        (draft / "README.md").write_text(card.card(run, weights, form, tokenizer is not None), encoding="utf-8")
         draft.rename(folder)
     except OSError as error:
         raise ExportError(f"{folder}: not written: {error.strerror or error}") from error
@@ -70,7 +71,7 @@ def _save_model(folder: Path, theirs: dict[str, Tensor], config: RunConfig, form
 
     with quiet_transformers():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_forms.hf_config(config, form, end))
+            model = AutoModelForCausalLM.from_config(forms.hf_config(config, form, end))
         model.load_state_dict(theirs, assign=True)
         model.tie_weights()
         model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
@@ -81,7 +82,7 @@ def _save_own(path: Path, state: dict[str, Tensor], theirs: dict[str, Tensor], c
               weights: Weights) -> None:
     from safetensors.torch import save_file
 
-    back = hf_forms.from_hf(theirs, config.model, form)
+    back = forms.from_hf(theirs, config.model, form)
     own = {name: value.contiguous() for name, value in state.items()
            if name not in back or not torch.equal(back[name], value)}
     about = {"router_temp": weights.knobs["router_temp"], "step": weights.step, "config": config.to_dict()}
@@ -99,7 +100,7 @@ def fields(folder: str | os.PathLike) -> dict:
 
     with _loading(folder), quiet_transformers():
         theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    found = hf_forms.fields_of(theirs)
+    found = forms.fields_of(theirs)
     about = _about(Path(folder))
     if about is not None:  # the same, said as the run said it
         own = RunConfig.from_dict(about["config"])
@@ -140,13 +141,13 @@ def _weights(folder: Path, theirs: RunConfig, say: Callable[[str], None]) -> tup
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False,
                                                      local_files_only=True, use_safetensors=True)
     form, stored = model.config.model_type, model.state_dict()
-    state, about = hf_forms.from_hf(stored, theirs.model, form), _about(folder)
+    state, about = forms.from_hf(stored, theirs.model, form), _about(folder)
     if about is None:
         return state, 1.0
     from safetensors.torch import load_file
 
     exact, temp = state | load_file(folder / OWN), about["router_temp"]
-    again = hf_forms.to_hf(exact, theirs.model, form, temp)
+    again = forms.to_hf(exact, theirs.model, form, temp)
     if all(torch.equal(again[name], value) for name, value in stored.items() if name in again):
         return exact, temp
     say(f"{folder}: its weights were changed after it was exported, so they are taken as they are")

@@ -1,0 +1,1 @@
+"""Models of Hugging Face, there and back: a folder that plain ``transformers`` loads."""

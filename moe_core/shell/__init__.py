@@ -1,0 +1,1 @@
+"""What ``moe ...`` does, verb by verb, and what it prints."""
