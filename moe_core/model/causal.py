@@ -1,7 +1,7 @@
 """Causal softmax attention: torch's own kernel, and block by block where a CPU is quicker so.
 
-torch's kernel passes over bfloat16 on a CPU element by element: 8 x 128 tokens of 4 heads took it four times as long
-as plain products do. In blocks of queries half of the scores, those that the mask would hide, are never computed.
+torch's kernel passes over bfloat16 on a CPU element by element: 8 x 128 tokens of 4 heads took it two to four times as
+long as plain products do. In blocks of queries half of the scores, those that the mask would hide, are never computed.
 
 Shapes: B batch, H query heads, G key and value heads, S sequence, C head width, N = B * H, R queries of a block.
 """
