@@ -114,7 +114,8 @@ _CSS = """
   --jp-widgets-inline-height: 24px; }
 .moe-knob > * { margin: 2px 0; width: auto; min-width: 0; }
 .moe-knob .widget-slider .widget-label { width: 134px; text-align: left; color: var(--jp-ui-font-color1); }
-.moe-knob-says { display: grid; grid-template-columns: 76px 102px 1fr; gap: 0 8px;
+.moe-knob-says { display: grid; grid-template-columns: minmax(76px, max-content) minmax(102px, max-content) 1fr;
+  gap: 0 8px;
   font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color2); font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .moe-knob-says > span { overflow: hidden; text-overflow: ellipsis; }

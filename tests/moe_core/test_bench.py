@@ -1,12 +1,15 @@
 """The benchmark's own promises: every side takes the same step, and one that fails leaves the rest standing."""
 
 import argparse
+import functools
 import json
 
+import pytest
 import torch
 
-from moe_core.bench import command, sides
+from moe_core.bench import command, curves, sides
 from moe_core.bench.harness import Side, built, interleave, ratio
+from moe_core.model import experts
 
 CPU = torch.device("cpu")
 
@@ -54,3 +57,17 @@ def test_the_dense_side_spends_what_the_routed_side_spends(tiny):
         routed, dense = (sides.ours(c, CPU, torch.float32, name="x") for c in (config, sides.dense_twin(config)))
         router = 6 * config.model.n_layer * config.model.d_model * config.model.n_experts
         assert routed.flops_per_token - dense.flops_per_token == router
+
+
+def test_ways_that_agree_pass_and_one_that_does_not_is_named(tiny, monkeypatch, capsys):
+    """Loss curves of all ways on a small model; then with experts whose loop is wrong by a tenth."""
+    monkeypatch.setattr(curves, "STEPS", 6)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    rows = {row["name"]: row["difference"] for row in curves.table(tiny(), CPU, torch.float32)}
+    assert set(rows) == {"eager", "eager again", "activation_checkpointing", "compiled", "loop"}
+    assert rows["eager again"] == rows["activation_checkpointing"] == 0 and max(rows.values()) < 1e-4
+    monkeypatch.setitem(experts.IMPLEMENTATIONS, "loop", lambda *given: 1.1 * experts.experts_loop(*given))
+    monkeypatch.setitem(curves.WITHIN, torch.float32, 1e-4)
+    with pytest.raises(ValueError, match=r"^loop: not the numbers of eager"):
+        curves.table(tiny(), CPU, torch.float32)
+    assert "largest difference" in capsys.readouterr().out
