@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -26,12 +27,8 @@ def pays(config: RunConfig, device: torch.device, flops_per_token: int) -> bool:
 
 
 def compiled(compute: Callable) -> Callable:
-    """``compute`` as one whole graph for each set of shapes; a second model of the same config uses the first's.
-
-    What the compiler makes is kept in a folder of the user's, beside prepared tokens, for kernels to come:
-    ``TORCHINDUCTOR_CACHE_DIR`` names another; torch's own choice is lost at a restart of the machine.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
+    """``compute`` as one whole graph for each set of shapes; a second model of the same config uses the first's."""
+    _keep_code()
     from torch._dynamo import config  # takes a second, which only this needs
 
     run = torch.compile(compute, fullgraph=True, dynamic=False)
@@ -40,6 +37,18 @@ def compiled(compute: Callable) -> Callable:
         with config.patch(recompile_limit=RECOMPILE_LIMIT):  # of this thread; the user keeps theirs
             return run(*args)
     return call
+
+
+def _keep_code() -> None:
+    """Have torch keep what it compiles beside prepared tokens: its own choice is lost at a restart of the machine.
+
+    A folder that the user named in ``TORCHINDUCTOR_CACHE_DIR`` stands, and torch's own where ours cannot be written.
+    """
+    folder = cache_root() / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def is_compilers(error: BaseException | None) -> bool:

@@ -2,13 +2,14 @@
 
 import functools
 import math
+import os
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from moe_core import ConfigError
-from moe_core.compiled import LONG, pays
+from moe_core.compiled import LONG, compiled, pays
 from moe_core.data import Batches, load_tokens, validation_batches
 from moe_core.knobs import Knobs
 from moe_core.trainer import Trainer
@@ -127,6 +128,23 @@ def test_left_open_only_a_gpu_or_a_long_run_is_compiled(tiny):
     assert not pays(config.replace(compile=False), gpu, long)
     assert not pays(config.replace(experts_impl="loop"), gpu, long)
     assert not pays(config.replace(routing="expert", dropless=False, balance="none"), gpu, long)
+
+
+def test_compiled_code_is_kept_where_the_user_can_write(tmp_path, monkeypatch):
+    """In the cache's folder; else where torch chooses; and where the user says, whatever else."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+
+    def chosen(cache, said=None):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        if said is not None:
+            monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", said)
+        compiled(lambda x: x)
+        return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    assert chosen(tmp_path) == str(tmp_path / "moe-workbench" / "compiled")
+    assert not chosen(blocked / "x").startswith(str(tmp_path))
+    assert chosen(tmp_path, str(tmp_path / "mine")) == str(tmp_path / "mine")
 
 
 def test_the_loop_over_experts_is_refused_under_compile(tiny):
