@@ -69,6 +69,16 @@ def test_filled_up_rows_change_nothing(E, K, T, favourite, dropless, monkeypatch
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("T, favourite", [(33, None), (3, None), (20, -1)])
+def test_gate_and_up_in_one_product_are_the_two(T, favourite, monkeypatch):
+    """What a GPU does, here: values and all gradients."""
+    case = inputs(T, T, 8, 2, favourite)
+    loop = output_and_gradients(experts_loop, *case)
+    monkeypatch.setattr(experts, "is_one_product", lambda rows_MD: True)
+    for name, expected, actual in zip(NAMES, loop, output_and_gradients(experts_grouped, *case), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def with_biases(seed, E):
     """(x, routing, weights) -> the same with random biases behind the weights, as leaves of one call."""
     generator = torch.Generator().manual_seed(seed)
