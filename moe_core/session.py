@@ -78,7 +78,7 @@ class Session:
         return self._state
 
     def start(self, n: int) -> None:
-        """Train ``n`` optimizer steps more; returns at once. While a chunk runs, it grows by ``n``."""
+        """Train ``n`` optimizer steps more; returns at once. While a chunk's steps run, it grows by ``n``."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
         with self._changed:
@@ -108,11 +108,14 @@ class Session:
             raise RuntimeError("this session is closed; use run.session, the one that took its place")
 
     def _launch(self, state: str, work: Callable[[], None]) -> None:
-        self._error, self._state, self._clock = None, state, time.perf_counter()
-        self.chunk_start = self._run.current_step
+        self._error, self._state = None, state
+        self._mark_chunk()
         self._thread = threading.Thread(target=self._work, args=(work,), name="moe-training", daemon=True)
         self._thread.start()
         self._changed.notify_all()
+
+    def _mark_chunk(self) -> None:
+        self._clock, self.chunk_start = time.perf_counter(), self._run.current_step
 
     def pause(self) -> None:
         """Stop at the next step boundary; what is left of the chunk is dropped. Returns at once."""
@@ -176,17 +179,20 @@ class Session:
             self._rest("paused" if isinstance(error, NonFiniteError | MemoryLimitError) else "failed", error)
 
     def _train(self) -> None:
-        self._run.begin_chunk()
         while True:
+            self._run.begin_chunk()
             while self._boundary():
                 self._run.advance()
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
             self._run.end_chunk()
-            with self._changed:  # more may have been asked for meanwhile
+            with self._changed:
                 if self._state == "pausing" or self._done == self._total:
                     return self._rest("paused" if self._done < self._total else "idle")
+                # Asked for while the last one was being saved: a chunk of its own, that can be undone alone.
+                self._done, self._total = 0, self._total - self._done
+                self._mark_chunk()
 
     def _boundary(self) -> bool:
         """Apply what was posted; True if one more step is wanted."""

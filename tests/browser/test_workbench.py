@@ -72,7 +72,7 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     until(lambda: points(page) >= min(at, 900), "the whole history after a reload")
     assert state(page) == "paused"
     page.get_by_role("button", name="Step once").click()
-    until(lambda: store.last_step() == at + 1, "one step more")
+    until(lambda: store.last_step() == at + 1 and state(page) == "idle", "one step more, and a chunk of its own")
     chunk = page.locator(".moe-run input[type=number]").first
     chunk.fill("8")
     chunk.press("Enter")

@@ -120,6 +120,23 @@ def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run):
     assert rows(run)["train/loss"].equals(rows(run, "main")["train/loss"][:3])
 
 
+def test_what_is_asked_for_while_a_chunk_is_saved_is_undone_alone(tiny_run):
+    """Its steps are all done, only its state goes to disk: Run pressed then opens a chunk of its own."""
+    run = tiny_run()
+    save = run.end_chunk
+
+    def save_slowly():
+        run.end_chunk = save
+        run.session.start(3)
+        save()
+    run.end_chunk = save_slowly
+    run.step(2)
+    assert run.current_step == 5 and run.session.chunk_start == 2 and run.progress().chunk_total == 3
+    run.undo()
+    assert run.branch == "from-2"
+
+
+
 def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
     """From step 4 of a run at 6: its history, then the parent's own numbers; the parent is where it was."""
     run = tiny_run()
