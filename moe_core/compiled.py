@@ -1,15 +1,20 @@
-"""The model under ``torch.compile``: when, as what graphs, kept where, and a way to tell the compiler's failures."""
+"""The model under ``torch.compile``: when, as what graphs, kept where, and without it where the compiler fails."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from moe_core.config import RunConfig
 from moe_core.data.cache import cache_root
+from moe_core.model import Output, RouterControls, Transformer
+
+Got = TypeVar("Got")
 
 # Every model of this process shares the compiled code of one function. Each config has a graph to train with, one
 # to validate and one for Hessian passes, and torch would give up at 8 in all.
@@ -24,6 +29,31 @@ def pays(config: RunConfig, device: torch.device, flops_per_token: int) -> bool:
     if config.compile is not None or config.compile_obstacle:
         return bool(config.compile)
     return device.type == "cuda" or config.optim.max_iters * config.tokens_per_step * flops_per_token >= LONG
+
+
+class Computing:
+    """A model's forward, compiled while ``compiles`` is True. ``alerts``: what a person should hear of it."""
+
+    def __init__(self, model: Transformer, compiles: bool):
+        self.model, self.compiles, self.alerts = model, compiles, []
+        self._compute = compiled(model.compute) if compiles else model.compute
+
+    def __call__(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, controls: RouterControls | None,
+                 generator: torch.Generator | None = None, return_logits: bool = False) -> Output:
+        """:meth:`Transformer.forward`."""
+        return self._compute(tokens_BS, targets_BS, controls, *self.model.draw(tokens_BS, generator), return_logits)
+
+    def or_eager(self, work: Callable[[], Got]) -> Got:
+        """What ``work`` gives; where the compiler fails in it, what it gives without, from now on."""
+        try:
+            return work()
+        except Exception as error:
+            if not self.compiles or not is_compilers(error):
+                raise
+            self._compute, self.compiles = self.model.compute, False
+            self.alerts.append("compile: torch could not compile the model, so it runs without: "
+                               f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return work()
 
 
 def compiled(compute: Callable) -> Callable:

@@ -1,7 +1,8 @@
 """From what a step left on the device to the metrics by name.
 
 A step packs all it has to say into one float32 vector (:func:`pack`), which crosses to the host once;
-:class:`Reading` gives the vector its names back, and :func:`router_metrics` derives the published metrics.
+:class:`Told` and its :class:`Reading` give the vector its names back, and :func:`step_metrics` derives the published
+metrics.
 
 L layers, E experts. Demand is the share of a layer's assignments that asked for an expert; served is the
 share of the same assignments that got in, so the two are equal where nothing is dropped.
@@ -9,14 +10,17 @@ share of the same assignments that got in, so the two are equal where nothing is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.config import RouterConfig
+from moe_core.config import RouterConfig, RunConfig
+from moe_core.knobs import KNOBS
 from moe_core.model import Output
+from moe_core.optim import lr_shape, main_lr
 
 PER_LAYER = 6  # numbers that a layer reports beside its shares
 COLLAPSED_SHARE = 0.90  # largest demand of one expert at which a layer counts as collapsed
@@ -69,6 +73,60 @@ class Reading:
         mtp_N, rest = vector[end : end + n_mtp], vector[end + n_mtp :]
         bias_LE = rest.reshape(n_layer, n_experts) if len(rest) else None
         return cls(float(vector[0]), *per_layer, (counts / asked).astype(np.float32), bias_LE, mtp_N)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the host is told of a step before its update."""
+
+    reading: Reading
+    update_sizes: list[float]  # of each parameter group, by the step before
+    ghat_norm: float  # of the gradients on sampled labels; 0 where no Hessian pass was due
+    norm: float  # of the gradient
+    is_finite: bool  # all of these
+
+    @classmethod
+    def unpack(cls, vector: np.ndarray, n_layer: int, n_experts: int, n_mtp: int, n_groups: int) -> Told:
+        """``vector``: what :meth:`Reading.unpack` takes, and behind it the update sizes and the two norms."""
+        read, (*sizes, ghat_norm, norm) = vector[: -n_groups - 2], vector[-n_groups - 2 :].tolist()
+        return cls(Reading.unpack(read, n_layer, n_experts, n_mtp), sizes, ghat_norm, norm,
+                   bool(np.isfinite(vector).all()))
+
+
+def step_metrics(config: RunConfig, groups: Sequence[Mapping], number: int, values: Mapping[str, float], told: Told,
+                 clipped: int, skipped: int) -> dict[str, float]:
+    """The row of step ``number`` but its speed and its validation.
+
+    ``groups``: the optimizer's. ``values``: of the knobs. ``clipped`` steps were clipped before it, and ``skipped``
+    were refused.
+    """
+    optim, reading, norm = config.optim, told.reading, told.norm
+    share = lr_shape(optim, number) * values["lr_scale"]
+    routed = {}
+    if config.model.n_experts:
+        routed = router_metrics(reading, values.get("load_balance_alpha", 0.0), config.router)
+    aux = routed.get("router/aux_mean", 0.0) + routed.get("router/seq_aux_mean", 0.0)
+    z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
+    if routed and optim.skips_starved:
+        routed["optim/starved_skipped"] = float((reading.shares[1] == 0).sum())
+    further = {}
+    if len(reading.mtp_N):
+        further = {"train/mtp": float(reading.mtp_N.mean()),
+                   **{f"train/mtp_{k}": float(ce) for k, ce in enumerate(reading.mtp_N, 1)}}
+    return {
+        "train/loss": reading.ce + aux + z + optim.mtp_coef * further.get("train/mtp", 0.0),
+        "train/ce": reading.ce,
+        **further,
+        "lr": main_lr(optim) * share,
+        **{f"lr/{group['name']}": group["peak_lr"] * share for group in groups},
+        **{f"update/{group['name']}": size for group, size in zip(groups, told.update_sizes, strict=True)},
+        "train/tokens_b": number * config.tokens_per_step / 1e9,
+        "grad/norm": norm,
+        "grad/clipped_cum": float(clipped + (norm > values["grad_clip"])),
+        "grad/skipped_cum": float(skipped),
+        **{KNOBS[name].metric: value for name, value in values.items()},
+        **routed,
+    }
 
 
 def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict[str, float]:

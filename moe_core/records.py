@@ -1,13 +1,18 @@
-"""What a step leaves behind: its row, what its gradients told, and what the routers decided on."""
+"""What a step leaves behind: its row, what its gradients told, and what the routers decided on.
+
+E experts, L routed layers, T tokens.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from moe_core.metrics import Reading
+from moe_core.metrics import Told
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,61 @@ class Routed:
     bias_LE: Tensor | None  # the balance bias that took part
 
 
+class OnItsWay:
+    """A vector that the device sends to the host, which waits for it in :meth:`read` alone."""
+
+    def __init__(self, vector: Tensor):
+        self._there = None
+        if vector.is_cuda:
+            self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._host.copy_(vector, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+        else:
+            self._host = vector.cpu()
+
+    def read(self) -> np.ndarray:
+        if self._there is not None:
+            self._there.synchronize()
+        return self._host.numpy()
+
+
 @dataclass(frozen=True)
 class Backward:
-    """What a step knows before its update. The parameters' ``.grad`` belong to it."""
+    """A step before its update, on the device. The parameters' ``.grad`` belong to it."""
 
-    reading: Reading
-    norm: float  # of the gradient
+    report: OnItsWay  # what ``told`` is made of: means, the balance bias, ``update_sizes`` and norms
+    routed: tuple[int, int, int]  # routed layers, experts, heads for tokens further on
+    found_inf: Tensor  # 0-D float32: 1 where something in the report is not finite
+    update_sizes: Tensor  # of each parameter group, by the step before
+    norm: Tensor  # 0-D, of the gradient
     ghats: list[Tensor | None]  # gradients on sampled labels; empty where no Hessian pass was due
-    ghat_norm: float  # 0 where none was due
-    update_sizes: list[float]  # of each parameter group, by the step before
     router_logits: tuple[Tensor, ...] | None  # of the last micro-batch
     batches: list[tuple[Tensor, Tensor]]  # each micro-batch, and the noise generator's state before it
-    is_finite: bool  # all that the host was told
     demand_LE: Tensor | None  # assignments that asked for each expert, in all of them; None when dense
     bias_LE: Tensor | None  # a copy of the balance bias
-    waited: float  # seconds, for data
+
+    @functools.cached_property
+    def told(self) -> Told:
+        """What the host is told, which waits for it here."""
+        return Told.unpack(self.report.read(), *self.routed, n_groups=len(self.update_sizes))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step begins: the cursor of the data, and the state of the generators of noise and of labels."""
+
+    cursor: dict
+    noise: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A step that was asked of the device, update included; what it has to say is on its way."""
+
+    number: int
+    values: dict[str, float]  # of the knobs
+    begins: Place
+    seen: Backward
+    found_inf: Tensor | None  # 0-D: 1 where this step, or one before it that was not read yet, was not finite

@@ -182,7 +182,7 @@ class Session:
         while True:
             self._run.begin_chunk()
             while self._boundary():
-                self._run.advance()
+                self._run.advance(more=self._another())
                 with self._changed:
                     self._done += 1
                     self._changed.notify_all()
@@ -194,9 +194,16 @@ class Session:
                 self._done, self._total = 0, self._total - self._done
                 self._mark_chunk()
 
-    def _boundary(self) -> bool:
-        """Apply what was posted; True if one more step is wanted."""
+    def _another(self) -> bool:
+        """Whether a step follows the next one with nothing between them, so that it need not wait for its numbers."""
         with self._changed:
+            return self._state == "training" and self._done + 1 < self._total and not self._queue
+
+    def _boundary(self) -> bool:
+        """Apply what was posted; True if one more step is wanted, or is under way already."""
+        with self._changed:
+            if self._run.under_way:
+                return True
             self._drain()
             return self._state == "training" and self._done < self._total
 

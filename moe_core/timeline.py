@@ -40,26 +40,47 @@ class Timeline:
         self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
         self.history.snapshot(self._branch.id, self._trainer)
 
-    def advance(self) -> StepRecord:
-        """One optimizer step, on disk when this returns. For the session's thread; users call :meth:`step`."""
+    @property
+    def under_way(self) -> bool:
+        """Whether the device is at a step that :meth:`advance` has not returned yet."""
+        return self._trainer is not None and self._trainer.under_way
+
+    def advance(self, more: bool = False) -> StepRecord:
+        """One optimizer step, on disk when this returns. For the session's thread; users call :meth:`step`.
+
+        ``more``: another follows at once, and may be under way by then.
+        """
         started = time.perf_counter()
-        # Kept until its row is on disk: where a full disk refuses the row, the step is applied already, and the
+        # Kept until their rows are on disk: where a full disk refuses one, its step is applied already, and the
         # next call writes it before anything else happens.
+        if not self._unwritten:
+            self._unwritten.append(self._train_one(more and not self._saves_at(self._step + 1)))
+        record = self._unwritten[0]
         try:
-            record = self._unwritten = self._unwritten or self._trainer.step()
+            self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
+        except BaseException:
+            if self.under_way:
+                self._unwritten.append(self._train_one())
+            raise
+        self._step = self._unwritten.pop(0).step
+        for text in record.alerts:
+            self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
+        self._unsaved_s += time.perf_counter() - started
+        val = record.metrics.get("val/loss", math.nan)
+        if self.history.is_best(self._branch.id, record.step, val) or self._saves_at(record.step):
+            self._save()
+        return record
+
+    def _saves_at(self, step: int) -> bool:
+        return bool(self.config.save_interval) and step % self.config.save_interval == 0
+
+    def _train_one(self, more: bool = False) -> StepRecord:
+        try:
+            return self._trainer.step(more=more)
         except BaseException:
             if not self._trainer.whole:
                 self._trainer = None  # the next chunk goes on from the newest saved state
             raise
-        self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
-        self._unwritten, self._step = None, record.step
-        for text in record.alerts:
-            self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
-        every, val = self.config.save_interval, record.metrics.get("val/loss", math.nan)
-        self._unsaved_s += time.perf_counter() - started
-        if self.history.is_best(self._branch.id, record.step, val) or (every and record.step % every == 0):
-            self._save()
-        return record
 
     def end_chunk(self) -> None:
         """Save where training rests, unless that costs much beside what it would save. For the session."""
@@ -210,7 +231,7 @@ class Timeline:
         self._branch = next(b for b in self.store.branches() if b.id == branch)
         self._step = self.store.last_step(branch)
         self._knobs.replay(self.history.turns(branch))
-        self._unsaved_s, self._unwritten = 0.0, None
+        self._unsaved_s, self._unwritten = 0.0, []
         self.store.set_meta("branch", branch)
 
     def _save(self, name: str | None = None) -> None:

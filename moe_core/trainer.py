@@ -1,7 +1,9 @@
 """One optimizer step at a time: no files, no printing, no thread of its own.
 
-What the host must know of a step crosses from the device once, before the update is applied, so that a
-step whose loss or gradient is not finite is never applied.
+What the host must know of a step crosses from the device once, and a step whose loss or gradient is not finite is
+never applied. On a CPU the host looks before it updates. A GPU would stand idle meanwhile: where another step follows
+at once, the device itself withholds an update that is not finite, and every update after it, the host asks for
+the next step before it reads this one's numbers, and where they are not finite it goes back and looks.
 """
 
 from __future__ import annotations
@@ -10,14 +12,12 @@ import copy
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.compiled import compiled, is_compilers, pays
+from moe_core.compiled import Computing, pays
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import Batches
 from moe_core.faults import (
@@ -29,24 +29,21 @@ from moe_core.faults import (
     nonfinite_term,
 )
 from moe_core.knobs import Knobs
-from moe_core.metrics import Reading, pack, packed_demand, router_metrics
-from moe_core.model import Output, RouterControls, Transformer
+from moe_core.metrics import pack, packed_demand, step_metrics
+from moe_core.model import RouterControls, Transformer
 from moe_core.model.balance import follow_load
 from moe_core.optim import (
     build_optimizer,
     hessian_due,
     lr_shape,
-    main_lr,
     measured_step,
     sampled_gradients,
     set_lr,
     update_sizes,
 )
-from moe_core.records import Backward, Routed, StepRecord
+from moe_core.records import Asked, Backward, OnItsWay, Place, Routed, StepRecord
 
 __all__ = ["MemoryLimitError", "NonFiniteError", "Routed", "StepRecord", "Trainer", "resolve_device"]
-
-Got = TypeVar("Got")
 
 
 def resolve_device(config: RunConfig) -> torch.device:
@@ -70,7 +67,8 @@ class Trainer:
     ``whole`` is False once an update was cut short half-way: such weights belong to no step, and only
     :meth:`load_state_dict` makes the trainer usable again. ``skipped`` counts the attempts that were refused
     because they were not finite; a replay of the steps makes none of them, so it is told. ``compiles`` says whether
-    the model runs under torch.compile.
+    the model runs under torch.compile, ``runs_ahead`` whether a step may be asked of the device before the one in
+    front of it was read: on a GPU.
     """
 
     def __init__(self, config: RunConfig, knobs: Knobs, train: Batches, validation: Sequence[Tensor]):
@@ -88,73 +86,115 @@ class Trainer:
         self.whole = True
         self.routed: Routed | None = None  # replaced whole, so that any thread may read it
         self._sequence_alpha = config.router.sequence_balance_alpha if config.model.n_experts else 0.0
-        self.compiles = pays(config, self.device, self.model.flops_per_token())
-        self._compute = compiled(self.model.compute) if self.compiles else self.model.compute
-        self._alerts: list[str] = []
+        self._forward = Computing(self.model, pays(config, self.device, self.model.flops_per_token()))
+        self._alerts = self._forward.alerts
+        self.runs_ahead = self.device.type == "cuda"
+        self._ahead: Asked | Exception | None = None
+        self._waited = 0.0  # seconds, for data
 
-    def step(self, validate: bool = True) -> StepRecord:
+    @property
+    def compiles(self) -> bool:
+        return self._forward.compiles
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the device is at a step that :meth:`step` has not returned yet. Weights are then of no known step."""
+        return self._ahead is not None
+
+    def step(self, validate: bool = True, more: bool = False) -> StepRecord:
         """Do one optimizer step; ``validate`` False leaves out a validation that is due.
 
-        On an exception the weights, the next batch and every random number are as before it. Raises
-        NonFiniteError and MemoryLimitError; after the latter, and after any exception in the update itself,
-        look at ``whole``.
+        ``more``: another follows at once, with no knob turned between them, so that it may be :attr:`under_way` when
+        this returns. On an exception nothing is under way, and the weights, the next batch and every random number
+        are as before the step. Raises NonFiniteError and MemoryLimitError; after the latter, and after any exception
+        in the update itself, look at ``whole``.
+        """
+        started, number = time.perf_counter(), self.steps_done + 1
+        validate = validate and bool(self.config.eval_interval) and number % self.config.eval_interval == 0
+        ahead = more and self.runs_ahead and not validate
+        asked, self._ahead = self._ahead or self._ask(number, unread=ahead), None
+        if isinstance(asked, Exception):
+            raise asked
+        if ahead:
+            self._ahead = self._ask_ahead(number + 1, asked.found_inf)
+        if not asked.seen.told.is_finite:
+            asked = self._look_again(asked)
+        metrics = self._metrics(number, asked.values, asked.seen)  # while a GPU is busy with the update
+        if asked.seen.router_logits is not None:
+            self.routed = Routed(number, asked.values, asked.seen.router_logits, asked.seen.batches[-1][1],
+                                 asked.seen.bias_LE)
+        self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
+        took, waited, self._waited = time.perf_counter() - started, self._waited, 0.0
+        metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": waited / took}
+        if self.config.eval_interval:
+            # NaN where it was not measured, so that every row has the same names.
+            metrics["val/loss"] = self._validate(number) if validate else math.nan
+            metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
+        alerts = tuple(self._alerts)
+        self._alerts.clear()
+        return StepRecord(number, metrics, asked.seen.told.reading.shares, alerts)
+
+    def _ask(self, number: int, unread: bool, found_inf: Tensor | None = None) -> Asked:
+        """All of a step but its record. ``unread``: the update is the device's to withhold, the host does not look.
+
+        ``found_inf`` of the step before, where that was not read.
         """
         if not self.whole:
             raise RuntimeError("the last update was cut short, so these weights are of no step; load a saved state")
-        started = time.perf_counter()
-        number = self.steps_done + 1
         values = self.knobs.read(number)
-        seen = self._or_eager(lambda: self._attempt(number, values))
-        self._update(number, values, seen)
-        metrics = self._metrics(number, values, seen)  # while a GPU is busy with the update
-        if seen.router_logits is not None:
-            self.routed = Routed(number, values, seen.router_logits, seen.batches[-1][1], seen.bias_LE)
-        self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
-        took = time.perf_counter() - started
-        metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": seen.waited / took}
-        if every := self.config.eval_interval:
-            # NaN where it was not measured, so that every row has the same names.
-            metrics["val/loss"] = self._validate(number) if validate and number % every == 0 else math.nan
-            metrics["val/ppl"] = math.exp(min(metrics["val/loss"], 700.0))
-        alerts, self._alerts = tuple(self._alerts), []
-        return StepRecord(number, metrics, seen.reading.shares, alerts)
+        begins = Place(self.train.state_dict(), self.noise.get_state(), self.labels.get_state())
+        seen = self._forward.or_eager(lambda: self._attempt(number, values, begins, unread))
+        if unread:
+            found_inf = seen.found_inf if found_inf is None else torch.maximum(seen.found_inf, found_inf)
+        asked = Asked(number, values, begins, seen, found_inf)
+        self._update(asked)
+        return asked
 
-    def _attempt(self, number: int, values: dict[str, float]) -> Backward:
-        """All of a step but its update."""
-        cursor, noise, labels = self.train.state_dict(), self.noise.get_state(), self.labels.get_state()
+    def _ask_ahead(self, number: int, found_inf: Tensor | None) -> Asked | Exception:
+        """What stops it is raised by the call of :meth:`step` that it is due in: the step before must not be lost."""
         try:
-            seen = self._backward()
-            if not seen.is_finite:
-                told = {**self._metrics(number, values, seen), "the Hessian estimate": seen.ghat_norm}
-                if term := nonfinite_term(told):
-                    raise NonFiniteError(number, term, told[term], self._where(term, seen))
+            return self._ask(number, unread=True, found_inf=found_inf)
+        except Exception as error:
+            return error
+
+    def _look_again(self, asked: Asked) -> Asked:
+        """A step that the device withheld, asked again from where it began, with the host looking before the update."""
+        self._ahead = None  # it was withheld too
+        self._go_to(asked.begins)
+        for group, size in zip(self.optimizer.param_groups, asked.seen.update_sizes, strict=True):
+            group["update_size"] = size
+        return self._ask(asked.number, unread=False)
+
+    def _go_to(self, place: Place) -> None:
+        self.noise.set_state(place.noise)
+        self.labels.set_state(place.labels)
+        self.train.load_state_dict(place.cursor)
+
+    def _attempt(self, number: int, values: dict[str, float], begins: Place, unread: bool) -> Backward:
+        """All of a step but its update. On an exception it is as if nothing had been done."""
+        try:
+            seen = self._backward(number)
+            if not unread and not seen.told.is_finite:
+                terms = {**self._metrics(number, values, seen), "the Hessian estimate": seen.told.ghat_norm}
+                if term := nonfinite_term(terms):
+                    raise NonFiniteError(number, term, terms[term], self._where(term, seen))
             return seen
         except BaseException as error:
-            self.noise.set_state(noise)
-            self.labels.set_state(labels)
-            self.train.load_state_dict(cursor)
+            self._go_to(begins)
             self.skipped += isinstance(error, NonFiniteError)
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
         # Out here, because the exception held the frames of the pass and so its tensors.
         raise self._out_of_memory(f"step {number} was not applied")
 
+    def _metrics(self, number: int, values: dict[str, float], seen: Backward) -> dict[str, float]:
+        return step_metrics(self.config, self.optimizer.param_groups, number, values, seen.told,
+                            self.clipped, self.skipped)
+
     def _out_of_memory(self, said: str) -> MemoryLimitError:
         self.optimizer.zero_grad()
         gc.collect()
         return memory_limit(said, self.config, self.device)
-
-    def _or_eager(self, work: Callable[[], Got]) -> Got:
-        """What ``work`` gives; where the compiler fails, what it gives without it, from now on."""
-        try:
-            return work()
-        except Exception as error:
-            if not self.compiles or not is_compilers(error):
-                raise
-            self._compute, self.compiles = self.model.compute, False
-            self._alerts.append("compile: torch could not compile the model, so it runs without: "
-                                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        return work()
 
     def _where(self, term: str, seen: Backward) -> str:
         """The first place that is not finite, in a pass through the step's micro-batches, else in its gradients."""
@@ -174,21 +214,16 @@ class Trainer:
         t = self.knobs.tensors
         return RouterControls(t["router_temp"], t["router_noise_std"], t.get("capacity_factor"))
 
-    def _forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, *, controls: RouterControls | None,
-                 generator: torch.Generator | None = None, return_logits: bool = False) -> Output:
-        """The model, compiled where it is."""
-        return self._compute(tokens_BS, targets_BS, controls, *self.model.draw(tokens_BS, generator), return_logits)
-
-    def _backward(self) -> Backward:
+    def _backward(self, number: int) -> Backward:
         """Gradients of the mean loss over the step's micro-batches, and what the host must know of them."""
         optim, model, t = self.config.optim, self.config.model, self.knobs.tensors
-        controls, report, batches, waited = self._controls(), None, [], 0.0
+        controls, packed, batches = self._controls(), None, []
         self.model.train()
         self.optimizer.zero_grad()
         for _ in range(optim.gradient_accumulation_steps):
             asked = time.perf_counter()
             window = self.train.next()
-            waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - asked
             window = window.to(self.device, non_blocking=True)
             batches.append((window, self.noise.get_state()))  # the state is kept by the host, on a GPU too
             out = self._forward(window[:, :-1], window[:, 1:], controls=controls, generator=self.noise)
@@ -201,74 +236,45 @@ class Trainer:
             if "mtp" in out.losses:
                 loss = loss + optim.mtp_coef * out.losses["mtp"]
             (loss / optim.gradient_accumulation_steps).backward()
-            report = pack(out) if report is None else report + pack(out)
+            packed = pack(out) if packed is None else packed + pack(out)
         ghats = []
-        if hessian_due(optim, self.steps_done):
+        if hessian_due(optim, number - 1):
             ghats = sampled_gradients(self._forward, window[:, :-1], controls, self.labels,
                                       self.optimizer.hessian_params())
         norms = torch.stack([_norm([g for g in grads if g is not None], self.device)
                              for grads in (ghats, [p.grad for p in self.model.parameters()])])
         sizes, routed = update_sizes(self.optimizer, self.device), (model.n_moe_layer, model.n_experts)
         bias_LE = None if self.model.balance_bias is None else self.model.balance_bias.clone()
-        mean = report / optim.gradient_accumulation_steps
-        if bias_LE is not None:
-            mean = torch.cat([mean, bias_LE.flatten()])
-        vector = torch.cat([mean, sizes, norms]).cpu().numpy()
+        means = [packed / optim.gradient_accumulation_steps, *([] if bias_LE is None else [bias_LE.flatten()])]
+        report = torch.cat([*means, sizes, norms])
         return Backward(
-            Reading.unpack(vector[:len(mean)], *routed, model.n_mtp), norm=float(vector[-1]), ghats=ghats,
-            ghat_norm=float(vector[-2]), update_sizes=vector[len(mean):-2].tolist(), router_logits=out.router_logits,
-            batches=batches, is_finite=bool(np.isfinite(vector).all()), bias_LE=bias_LE, waited=waited,
-            demand_LE=packed_demand(report, *routed) if model.n_experts else None)
+            OnItsWay(report), (*routed, model.n_mtp), found_inf=(~report.isfinite().all()).float(), update_sizes=sizes,
+            norm=norms[1], ghats=ghats, router_logits=out.router_logits, batches=batches,
+            demand_LE=packed_demand(packed, *routed) if model.n_experts else None, bias_LE=bias_LE)
 
-    def _update(self, number: int, values: dict[str, float], seen: Backward) -> None:
+    def _update(self, asked: Asked) -> None:
         self.whole = False
         try:
-            self._apply(number, values, seen)
+            self._apply(asked)
             self.whole = True
         except torch.OutOfMemoryError:
             pass
         if not self.whole:
-            raise self._out_of_memory(f"step {number} was cut short in its update")
+            raise self._out_of_memory(f"step {asked.number} was cut short in its update")
 
-    def _apply(self, number: int, values: dict[str, float], seen: Backward) -> None:
-        if seen.norm > values["grad_clip"]:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"],
-                                                 torch.tensor(seen.norm))
+    def _apply(self, asked: Asked) -> None:
+        seen, values, found_inf, bias_LE = asked.seen, asked.values, asked.found_inf, self.model.balance_bias
+        self.optimizer.found_inf = found_inf
+        if found_inf is not None or seen.told.norm > values["grad_clip"]:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), values["grad_clip"], seen.norm)
         if seen.ghats:
             self.optimizer.update_hessian(seen.ghats)
-        set_lr(self.optimizer, lr_shape(self.config.optim, number) * values["lr_scale"])
+        set_lr(self.optimizer, lr_shape(self.config.optim, asked.number) * values["lr_scale"])
         measured_step(self.optimizer)
-        if seen.bias_LE is not None:
-            follow_load(self.model.balance_bias, seen.demand_LE, self.knobs.tensors["bias_update_speed"])
-
-    def _metrics(self, number: int, values: dict[str, float], seen: Backward) -> dict[str, float]:
-        optim, reading, norm = self.config.optim, seen.reading, seen.norm
-        share, groups = lr_shape(optim, number) * values["lr_scale"], self.optimizer.param_groups
-        routed = {}
-        if self.config.model.n_experts:
-            routed = router_metrics(reading, values.get("load_balance_alpha", 0.0), self.config.router)
-        aux = routed.get("router/aux_mean", 0.0) + routed.get("router/seq_aux_mean", 0.0)
-        z = values["router_z_loss_coef"] * routed["router/z_mean"] if routed else 0.0
-        if routed and optim.skips_starved:
-            routed["optim/starved_skipped"] = float((reading.shares[1] == 0).sum())
-        further = {}
-        if len(reading.mtp_N):
-            further = {"train/mtp": float(reading.mtp_N.mean()),
-                       **{f"train/mtp_{k}": float(ce) for k, ce in enumerate(reading.mtp_N, 1)}}
-        return {
-            "train/loss": reading.ce + aux + z + optim.mtp_coef * further.get("train/mtp", 0.0),
-            "train/ce": reading.ce,
-            **further,
-            "lr": main_lr(optim) * share,
-            **{f"lr/{group['name']}": group["peak_lr"] * share for group in groups},
-            **{f"update/{group['name']}": size for group, size in zip(groups, seen.update_sizes, strict=True)},
-            "train/tokens_b": number * self.config.tokens_per_step / 1e9,
-            "grad/norm": norm,
-            "grad/clipped_cum": float(self.clipped + (norm > values["grad_clip"])),
-            "grad/skipped_cum": float(self.skipped),
-            **{self.knobs[name].spec.metric: value for name, value in values.items()},
-            **routed,
-        }
+        if bias_LE is not None:
+            follow_load(bias_LE, seen.demand_LE, self.knobs.tensors["bias_update_speed"])
+            if found_inf is not None:
+                bias_LE.copy_(torch.where(found_inf > 0, seen.bias_LE, bias_LE))
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -282,7 +288,7 @@ class Trainer:
 
     def _validate(self, number: int) -> float:
         try:
-            return self._or_eager(self.evaluate)
+            return self._forward.or_eager(self.evaluate)
         except torch.OutOfMemoryError:
             pass
         # The step is done and its row must not be lost.
@@ -290,7 +296,12 @@ class Trainer:
         return math.nan
 
     def state_dict(self) -> dict:
-        """All that the steps to come depend on: tensors, numbers and text, nested. It shares memory."""
+        """All that the steps to come depend on: tensors, numbers and text, nested. It shares memory.
+
+        Raises RuntimeError while a step is under way.
+        """
+        if self.under_way:
+            raise RuntimeError(f"step {self.steps_done + 1} is under way; finish it with step() first")
         return {
             "steps_done": self.steps_done, "clipped": self.clipped, "skipped": self.skipped,
             "model": self.model.state_dict(),
@@ -298,7 +309,8 @@ class Trainer:
             "noise": self.noise.get_state(), "labels": self.labels.get_state(), "train": self.train.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Become what :meth:`state_dict` was taken of: the same steps follow."""
+        """Become what :meth:`state_dict` was taken of: the same steps follow. A step under way is given up."""
+        self._ahead = None
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would share memory with the state
         self.knobs.load_state_dict(state["knobs"])

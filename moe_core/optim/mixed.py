@@ -19,7 +19,7 @@ from moe_core.optim.rule import Group, Rule, State, check_group, tensor_state, w
 from moe_core.optim.sophia import SOPHIA, absorb_estimate
 
 
-def _adamw_update(group: Group, state: State) -> None:
+def _adamw_update(group: Group, state: State, found_inf: Tensor | None) -> None:
     """Torch's own AdamW, with its state under torch's names."""
     params, grads, steps, means, squares = [], [], [], [], []
     for p, g in with_gradient("AdamW", group):
@@ -32,7 +32,7 @@ def _adamw_update(group: Group, state: State) -> None:
     beta1, beta2 = group["betas"]
     adamw(params, grads, means, squares, [], steps, fused=group["fused"], foreach=False, amsgrad=False,
           maximize=False, beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"],
-          eps=group["eps"])
+          eps=group["eps"], found_inf=found_inf)
 
 
 ADAMW = Rule(
@@ -51,7 +51,13 @@ class MixedOptimizer(torch.optim.Optimizer):
     Hyperparameters that a group does not give are its rule's defaults. Raises ValueError for a rule, a
     hyperparameter or a parameter that cannot be, and RuntimeError for a sparse gradient. A step leaves
     every ``p.grad`` as it was, and alone what has none.
+
+    ``found_inf``, torch's own name for it: None, or a 0-D float32 tensor on the parameters' device. Where it is 1 a
+    step and an estimate change nothing but the gradients that they are given, and the host need not wait to know;
+    AdamW's groups must then be fused ones.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[Group], **defaults):
         super().__init__(params, defaults)
@@ -76,8 +82,17 @@ class MixedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            RULES[group["rule"]].update(group, self.state)
+            if group["rule"] != "adamw":  # torch's kernel looks for itself
+                self._blank([p.grad for p in group["params"]])
+            RULES[group["rule"]].update(group, self.state, self.found_inf)
         return loss
+
+    def _blank(self, grads: Iterable[Tensor | None]) -> None:
+        """Zeros for what is not to be applied: no factor makes NaN into 0."""
+        if self.found_inf is not None:
+            for grad in grads:
+                if grad is not None:
+                    grad.masked_fill_(self.found_inf > 0, 0.0)
 
     def _sophia_groups(self) -> list[Group]:
         return [group for group in self.param_groups if group["rule"] == "sophia"]
@@ -95,9 +110,10 @@ class MixedOptimizer(torch.optim.Optimizer):
         groups = self._sophia_groups()
         if len(ghats) != (wanted := sum(len(group["params"]) for group in groups)):
             raise ValueError(f"{len(ghats)} estimates for {wanted} parameters: must be one for each, or None")
+        self._blank(ghats)
         rest = iter(ghats)
         for group in groups:
-            absorb_estimate(group, self.state, itertools.islice(rest, len(group["params"])))
+            absorb_estimate(group, self.state, itertools.islice(rest, len(group["params"])), self.found_inf)
 
 
 class _OneRule(MixedOptimizer):

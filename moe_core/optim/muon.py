@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_core.optim.rule import Group, Rule, State, tensor_state, with_gradient
+from moe_core.optim.rule import Group, Rule, State, tensor_state, unless, with_gradient
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values end around 1, not at it
 STEPS = 5
@@ -64,19 +64,20 @@ class _Piece(NamedTuple):
     grad: Tensor
     momentum: Tensor
     scale: float
-    moves: Tensor | float  # 1, or [N, 1, 1] with 0 for each expert that is skipped
+    moves: Tensor | float  # 1, or 0 for what is skipped: 0-D, or [N, 1, 1] for each expert
 
 
-def _pieces(group: Group, state: State) -> Iterator[_Piece]:
+def _pieces(group: Group, state: State, found_inf: Tensor | None) -> Iterator[_Piece]:
     for p, g in with_gradient("Muon", group):
         (momentum,) = tensor_state(state, p, "momentum")
         views = [x.detach().view(-1, *p.shape[-2:]) for x in (p, g, momentum)]
         at_once = max(1, _limit(p) // views[0][0].numel())
         for part in zip(*(view.split(at_once) for view in views), strict=True):
-            moves = 1.0
+            moves = unless(found_inf, 1.0, 0.0)
             if group["starved"] == "skip" and p.ndim == 3:
                 # A factor: to branch on it, the host would have to wait for the device. NaN is unequal to 0.
-                moves = (torch.linalg.vector_norm(part[1], math.inf, dim=(1, 2), keepdim=True) != 0).to(p.dtype)
+                norm = torch.linalg.vector_norm(part[1], math.inf, dim=(1, 2), keepdim=True)
+                moves = (norm != 0).to(p.dtype) * moves
             yield _Piece(*part, update_scale(p, group["scale"]), moves)
 
 
@@ -96,9 +97,9 @@ def _packs(pieces: Iterable[_Piece]) -> list[list[_Piece]]:
     return packs + list(open_packs.values())
 
 
-def _update(group: Group, state: State) -> None:
+def _update(group: Group, state: State, found_inf: Tensor | None) -> None:
     lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
-    for pack in _packs(_pieces(group, state)):
+    for pack in _packs(_pieces(group, state, found_inf)):
         directions = []
         for piece in pack:
             piece.momentum.lerp_(piece.grad, (1 - mu) * piece.moves)

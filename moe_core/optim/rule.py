@@ -20,11 +20,15 @@ State = MutableMapping[Tensor, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """``update(group, state)`` moves a group's parameters; ``defaults`` are the group's hyperparameters."""
+    """``update(group, state, found_inf)`` moves a group's parameters; ``defaults`` are the group's hyperparameters.
+
+    ``found_inf`` is 0-D, or None: where it is 1, parameters and state are to stay as they are. Muon's and SophiaG's
+    gradients are then zeros.
+    """
 
     name: str
     defaults: Mapping[str, Any]
-    update: Callable[[Group, State], None]
+    update: Callable[[Group, State, Tensor | None], None]
     check_parameter: Callable[[Tensor], None] = lambda p: None
     choices: Mapping[str, tuple] = field(default_factory=dict)
 
@@ -72,6 +76,11 @@ def with_gradient(rule: str, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"{rule}: a gradient of {p.grad.layout}: must be dense")
         yield p, p.grad
+
+
+def unless(found_inf: Tensor | None, value: float, otherwise: float) -> Tensor | float:
+    """``value``, or ``otherwise`` where ``found_inf`` is 1: a factor, so that the host need not wait to know."""
+    return value if found_inf is None else torch.where(found_inf > 0, otherwise, value)
 
 
 def tensor_state(state: State, p: Tensor, *names: str) -> list[Tensor]:

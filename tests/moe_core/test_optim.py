@@ -106,6 +106,28 @@ def test_a_step_leaves_gradients_and_what_has_none_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_found_inf_withholds_a_step_and_an_estimate_from_weights_and_state(kind):
+    """1 leaves every bit of both, whatever the gradients are; 0 goes the way of an optimizer that has none."""
+    model, twin = Small(), Small()
+    optimizer, other = build(kind, model), build(kind, twin)
+    optimizer.found_inf = torch.zeros(())
+    train(model, optimizer, 1, 6)
+    train(twin, other, 1, 6)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    optimizer.found_inf = torch.ones(())
+    for value in (float("nan"), float("inf"), 1.0):
+        for p in model.parameters():
+            p.grad = None if p is model.unused else torch.full_like(p, value)
+        optimizer.step()
+        if wanted := optimizer.hessian_params():
+            optimizer.update_hessian([None if p is model.unused else torch.full_like(p, value) for p in wanted])
+    torch.testing.assert_close((model.state_dict(), {**optimizer.state_dict()["state"]}), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_closure_is_evaluated_with_gradients_and_its_value_returned(kind):
     """step(closure) is the closure's backward and then a step."""
     model, twin = Small(), Small()

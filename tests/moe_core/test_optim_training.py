@@ -42,8 +42,8 @@ def test_a_hessian_pass_leaves_a_twin_runs_numbers_unchanged_to_the_bit(make):
     plain, passing = make(dropless=False), make(dropless=False)
     backward = passing._backward
 
-    def with_pass():
-        seen = backward()
+    def with_pass(number):
+        seen = backward(number)
         window = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(0))
         sampled_gradients(passing.model, window, passing._controls(), passing.labels,
                           list(passing.model.parameters()))

@@ -55,10 +55,10 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_batch(make):
     whole.train.next, parts.train.next = lambda: window, iter(window.split(2)).__next__
     for trainer in (whole, parts):
         trainer.knobs.read(1)
-        trainer.seen = trainer._backward()
-    assert parts.seen.norm == pytest.approx(whole.seen.norm, rel=1e-5)
-    assert parts.seen.reading.ce == pytest.approx(whole.seen.reading.ce, rel=1e-6)
-    assert parts.seen.reading.shares == pytest.approx(whole.seen.reading.shares, abs=1e-7)
+        trainer.told = trainer._backward(1).told
+    assert parts.told.norm == pytest.approx(whole.told.norm, rel=1e-5)
+    assert parts.told.reading.ce == pytest.approx(whole.told.reading.ce, rel=1e-6)
+    assert parts.told.reading.shares == pytest.approx(whole.told.reading.shares, abs=1e-7)
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-7, msg=name)
 
@@ -71,7 +71,7 @@ def test_aux_losses_are_divided_by_the_accumulation_steps(make):
         trainer.train.next = lambda: window
         trainer.knobs["router_noise_std"].turn("hold", 0.0, None, 1)
         trainer.knobs.read(1)
-        trainer._backward()
+        trainer._backward(1)
     for one, other in zip(once.model.parameters(), twice.model.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-5, atol=1e-8)
 
