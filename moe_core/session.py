@@ -2,7 +2,8 @@
 
 A session owns the one thread that moves its run. Whoever wants something posts a :class:`Command`; it is
 applied at the next step boundary, before the forward pass, and written down with the step from which it
-holds. While nothing trains the run stands at a boundary, so a command is applied at once.
+holds. While nothing trains the run stands at a boundary, so a command is applied at once. On a GPU the next step may
+be under way when a command comes; it ends first.
 """
 
 from __future__ import annotations

@@ -57,13 +57,13 @@ def ours(config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str 
 
 def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *, compile: bool = False,
                  name: str) -> Side:
-    """The stepwise trainer itself: every metric of a step, checked and on the host before the update."""
+    """The stepwise trainer itself: every metric of a step on the host, and no update that is not finite."""
     config = config.replace(eval_interval=0, gradient_accumulation_steps=1, device=device.type,
                             compile=compile, compute_dtype=str(dtype).removeprefix("torch."))
     ids = torch.randint(0, config.model.vocab_size, (64 * config.tokens_per_step + 1,)).int().numpy()
     batches = Batches(ids, config.model.block_size, config.optim.batch_size, seed=0, pin=device.type == "cuda")
     trainer = Trainer(config, Knobs(config, device), batches, [])
-    return Side(name, lambda: trainer.step(validate=False), config.tokens_per_step, trainer.model.flops_per_token(),
+    return Side(name, lambda: trainer.step(validate=False, more=True), config.tokens_per_step, trainer.model.flops_per_token(),
                 batch=lambda: batches.next().to(device, non_blocking=True))
 
 
