@@ -63,8 +63,8 @@ def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *,
     ids = torch.randint(0, config.model.vocab_size, (64 * config.tokens_per_step + 1,)).int().numpy()
     batches = Batches(ids, config.model.block_size, config.optim.batch_size, seed=0, pin=device.type == "cuda")
     trainer = Trainer(config, Knobs(config, device), batches, [])
-    return Side(name, lambda: trainer.step(validate=False, more=True), config.tokens_per_step, trainer.model.flops_per_token(),
-                batch=lambda: batches.next().to(device, non_blocking=True))
+    return Side(name, lambda: trainer.step(validate=False, more=True), config.tokens_per_step,
+                trainer.model.flops_per_token(), batch=lambda: batches.next().to(device, non_blocking=True))
 
 
 def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str, *,

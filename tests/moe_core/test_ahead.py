@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from small_models import measured
 
 from moe_core.records import OnItsWay
 from moe_core.trainer import NonFiniteError
@@ -18,11 +19,6 @@ WAYS = [{}, dict(dropless=False, top_k=2, gradient_accumulation_steps=2, grad_cl
 def ahead(trainer):
     trainer.runs_ahead = True
     return trainer
-
-
-def compared(record):
-    return {name: value for name, value in record.metrics.items()
-            if not name.startswith("perf/") and not math.isnan(value)}
 
 
 def tensors(state, name=""):
@@ -56,7 +52,7 @@ def test_a_step_asked_ahead_is_the_step_it_would_have_been(make, changes):
     one, other = ahead(make(**changes)), make(**changes)
     under_way = []
     for step in range(1, 13):
-        rows = compared(one.step(more=step < 12)), compared(other.step())
+        rows = measured(one.step(more=step < 12)), measured(other.step())
         assert rows[0] == pytest.approx(rows[1], rel=1e-5, abs=1e-7), step
         under_way.append(one.under_way)
     assert under_way == [step not in (10, 12) for step in range(1, 13)]  # validated, last
@@ -96,7 +92,7 @@ def test_a_step_that_is_not_finite_and_the_one_asked_after_it_leave_nothing_behi
     for hook in hooks:
         hook.remove()
     for more in (True, False):
-        assert compared(one.step(more=more)) == pytest.approx(compared(other.step()), rel=1e-5, abs=1e-7)
+        assert measured(one.step(more=more)) == pytest.approx(measured(other.step()), rel=1e-5, abs=1e-7)
 
 
 def test_what_stops_a_step_asked_ahead_is_raised_when_its_turn_comes(make):
@@ -106,22 +102,22 @@ def test_what_stops_a_step_asked_ahead_is_raised_when_its_turn_comes(make):
     given = iter((batches, batches, lambda: 1 / 0))
     one.train.next = lambda: next(given, batches)()
     for _ in range(2):
-        assert compared(one.step(more=True)) == compared(other.step())
+        assert measured(one.step(more=True)) == measured(other.step())
     with pytest.raises(ZeroDivisionError):
         one.step(more=True)
     for _ in range(3):
-        assert compared(one.step(more=True)) == compared(other.step())
+        assert measured(one.step(more=True)) == measured(other.step())
 
 
 def test_no_state_is_taken_while_a_step_is_under_way(make):
     """The weights are then of no known step: it is refused; another state that is loaded gives the step up."""
     trainer = ahead(make())
     start = copy.deepcopy(trainer.state_dict())
-    first = compared(trainer.step(more=True))
+    first = measured(trainer.step(more=True))
     with pytest.raises(RuntimeError, match=r"step 2 is under way; finish it with step\(\) first"):
         trainer.state_dict()
     trainer.load_state_dict(start)
-    assert compared(trainer.step()) == first
+    assert measured(trainer.step()) == first
 
 
 def test_a_knob_a_pause_and_a_save_meet_a_run_between_two_steps(tiny_run):

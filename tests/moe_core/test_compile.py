@@ -1,29 +1,21 @@
 """The trainer under torch.compile: what it compiles, what compiles nothing more, and what it does where it cannot."""
 
 import functools
-import math
 import os
 
 import pytest
 import torch
+from small_models import TINY, batch, lively, measured, rng, total
 from torch._dynamo.utils import counters
 
 from moe_core import ConfigError
 from moe_core.compiled import LONG, compiled, pays
-from moe_core.data import Batches, load_tokens, validation_batches
-from moe_core.knobs import Knobs
-from moe_core.trainer import Trainer
+from moe_core.model import RouterControls, draw_noise
 
 
 @pytest.fixture
-def make(tiny):
-    def trainer(**changes):
-        config = tiny(**{"n_layer": 1, "eval_interval": 2, **changes})
-        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
-        block, batch = config.model.block_size, config.optim.batch_size
-        return Trainer(config, Knobs(config), Batches(tokens.train, block, batch, config.seed),
-                       validation_batches(tokens.val, block, batch, config.eval_iters))
-    return trainer
+def make(make):
+    return lambda **changes: make(**{"n_layer": 1, "eval_interval": 2, **changes})
 
 
 @pytest.fixture
@@ -34,11 +26,6 @@ def backend(monkeypatch):
     return lambda chosen: monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=chosen))
 
 
-def measured(record):
-    return {name: value for name, value in record.metrics.items()
-            if not name.startswith("perf/") and not math.isnan(value)}
-
-
 def about(numbers):
     """Up to what float32 rounds: a compiled norm is composed of other operations than one that is not."""
     return pytest.approx(numbers, rel=1e-5, abs=1e-6)
@@ -46,6 +33,21 @@ def about(numbers):
 
 def graphs():
     return counters["stats"]["unique_graphs"]
+
+
+def test_turning_a_knob_recompiles_nothing():
+    """One graph without breaks serves every value of every control, and gives eager's numbers."""
+    config = TINY.replace(dropless=False)
+    model, (tokens, targets) = lively(config, compute_dtype=torch.bfloat16), batch(config)
+    noise = draw_noise("gumbel", (3, tokens.numel(), 4), rng())
+    torch._dynamo.reset()
+    run = torch.compile(model.compute, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for values in ((1.0, 0.0, 1.25), (1.3, 0.5, 1.0), (0.7, 2.0, 0.4)):
+            controls = RouterControls.constant(*values)
+            output = run(tokens, targets, controls, noise)
+            total(output).backward()
+            torch.testing.assert_close(output.losses, model.compute(tokens, targets, controls, noise).losses)
 
 
 def test_three_graphs_serve_every_step_knob_and_model_with_eagers_numbers(make, backend):

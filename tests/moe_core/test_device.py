@@ -59,22 +59,36 @@ def crossed(monkeypatch):
         yield shapes
 
 
+@pytest.fixture
+def make(tiny, crossed):
+    def trainer(**changes):
+        config = tiny(eval_interval=0, **changes)
+        tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
+        block, batch = config.model.block_size, config.optim.batch_size
+        made = Trainer(config, Knobs(config, META), Batches(tokens.train, block, batch, config.seed), [])
+        for group in made.optimizer.param_groups:
+            group |= {"fused": True} if "fused" in group else {}  # as on a GPU
+        return made
+    return trainer
+
+
 @pytest.mark.parametrize("changes", [
     {}, dict(dropless=False, top_k=2, n_shared_experts=1), dict(optimizer="muon_sophia", sophia_k=1),
     dict(optimizer="muon_adamw", starved_experts="skip", router_scores="sigmoid", top_k=2),
     dict(balance="both", dropout=0.1, bias=True, skip_first_n_moe=1, activation_checkpointing=True,
          gradient_accumulation_steps=2),
     dict(n_experts=0), dict(n_mtp=1), dict(attn_gate="sigmoid_head", n_kv_heads=1)])
-def test_a_step_runs_where_its_tensors_are_and_only_its_report_leaves(tiny, crossed, changes):
+def test_a_step_runs_where_its_tensors_are_and_only_its_report_leaves(make, crossed, changes):
     """No tensor of the host's takes part and none is looked at, whether steps are asked ahead or read one by one."""
-    config = tiny(eval_interval=0, **changes)
-    tokens = load_tokens(config.data, config.model.vocab_size, say=lambda line: None)
-    block, batch = config.model.block_size, config.optim.batch_size
-    trainer = Trainer(config, Knobs(config, META), Batches(tokens.train, block, batch, config.seed), [])
-    for group in trainer.optimizer.param_groups:
-        group |= {"fused": True} if "fused" in group else {}  # as on a GPU
+    trainer = make(**changes)
     trainer.step()
     trainer.runs_ahead = True
     trainer.step(more=True), trainer.step()
     assert len(crossed) == 3 and len(set(crossed)) == 1
     assert all(p.device == META and p.grad.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_what_looks_at_its_numbers_is_caught(make):
+    """The loop over experts, which asks who goes where: it cannot run on such a device."""
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        make(experts_impl="loop").step()

@@ -1,93 +1,15 @@
-"""The whole model: its size, its start, its losses, and that nothing but its arguments moves it."""
+"""The whole model: its start, its losses, and that nothing but its arguments moves it."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from small_models import TINY, VARIANTS, batch, build, gradients, lively, rng, total
 
-from moe_core.model import RouterControls, Transformer, count_params, draw_noise
+from moe_core.model import RouterControls
 from moe_core.model.rope import rope_tables
 from moe_core.presets import preset
-
-TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61,
-              block_size=16)
-VARIANTS = {
-    "gated top-1": {},
-    "top-2 GQA": dict(top_k=2, norm_topk_prob=True, n_kv_heads=2, attn_gate="none", qk_norm=False),
-    "learned positions, capacity": dict(use_rope=False, dropless=False, capacity_factor=0.8),
-    "dense swiglu": dict(n_experts=0),
-    "dense gelu": dict(n_experts=0, mlp="gelu", use_rope=False, n_kv_heads=1),
-    "one dense block first, biases": dict(skip_first_n_moe=1, mlp_width=40, bias=True, n_kv_heads=2, top_k=2),
-    "two dense gelu blocks first, bias balancing": dict(skip_first_n_moe=2, mlp="gelu", balance="bias"),
-    "no router bias": dict(router_bias=False),
-    "sigmoid scores": dict(router_scores="sigmoid", top_k=2, balance="bias"),
-    "expert choice, capacity": dict(routing="expert", dropless=False, balance="none", n_shared_experts=1),
-    "shared experts": dict(n_shared_experts=2, skip_first_n_moe=1, mlp="gelu"),
-    "shared expert, biases, capacity": dict(n_shared_experts=1, bias=True, dropless=False, capacity_factor=0.5),
-    "tokens further on": dict(n_mtp=2, bias=True),
-    "dense, tokens further on": dict(n_experts=0, n_mtp=1, mlp="gelu"),
-    "dense gelu, biases": dict(n_experts=0, mlp="gelu", bias=True, attn_gate="none"),
-}
-
-
-def build(config=TINY, seed=0, **how):
-    return Transformer(config.model, config.router, seed=seed, **how)
-
-
-def lively(config=TINY, seed=0, **how):
-    """A model whose branches, which start near zero, weigh as much as the residual stream."""
-    model = build(config, seed, **how)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "o_proj" in name or "down" in name:
-                p.mul_(50)
-    return model
-
-
-def batch(config=TINY, seed=0, size=4):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (size, config.model.block_size + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def total(output):
-    return sum(output.losses.values())
-
-
-def gradients(model, loss):
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-# Size
-
-@pytest.mark.parametrize("name, expected", [
-    ("moe-203m", 202_952_528), ("dense-107m", 107_488_128), ("nano", None),
-])
-def test_presets_have_the_parameters_they_are_named_for(name, expected):
-    """Counted on the meta device, and computed from the structure, to the last one."""
-    config = preset(name)
-    with torch.device("meta"):
-        model = build(config)
-    real = sum(p.numel() for p in model.parameters())
-    assert real == model.num_params() == (expected or real)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_computed_size_is_the_real_one(variant):
-    """The formula follows every choice of architecture."""
-    config = TINY.replace(**VARIANTS[variant])
-    assert count_params(config.model) == sum(p.numel() for p in build(config).parameters())
 
 
 def test_the_loss_is_that_of_the_logits():
@@ -100,22 +22,6 @@ def test_the_loss_is_that_of_the_logits():
         loss.backward()
         grads.append([loss.detach(), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "capacity" not in v and "further" not in v])
-def test_flops_are_those_that_torch_counts(variant):
-    """Matrix products of forward and backward, counted as they run; the router included, norms not."""
-    config = TINY.replace(**VARIANTS[variant])
-    model, (tokens, targets) = build(config, experts_impl="loop"), batch(config)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens, targets, return_logits=True).losses["ce"].backward()  # torch counts no product in place
-    assert counter.get_total_flops() == tokens.numel() * model.flops_per_token()
-
-
-def test_flops_of_the_203m_model():
-    """435 MFLOP a token at 2048 tokens in the PaLM convention."""
-    with torch.device("meta"):
-        assert build(preset("moe-203m")).flops_per_token() == 435_142_656
 
 
 # Start
@@ -261,83 +167,6 @@ def test_a_turned_knob_leaves_later_random_numbers_where_they_were():
     assert torch.equal(*states)
 
 
-def dropping(rate=0.3, **changes):
-    """A config with dropout, and its three-layer lively model in training mode."""
-    return TINY.replace(dropout=rate, **changes)
-
-
-def test_dropout_scales_what_it_keeps_and_keeps_what_its_masks_say():
-    """With every mask full it divides by 1 - rate at the embedding and in both halves; with every mask empty the
-    logits are those of a stream of zeros."""
-    config = dropping(0.5, n_layer=1, router_noise_std_init=0.0)
-    model, plain, (tokens, targets) = lively(config), lively(config.replace(dropout=0.0)), batch(config)
-    full = torch.ones(3, *tokens.shape, 32, dtype=torch.bool)
-    with torch.no_grad():
-        doubled = plain.state_dict() | {"embed.weight": 2 * plain.state_dict()["embed.weight"]}
-        for name in ("blocks.0.attn.o_proj.weight", "blocks.0.mlp.experts.w_down"):
-            doubled[name] = 2 * doubled[name]
-    plain.load_state_dict(doubled)
-    controls = RouterControls.constant(1.3, 0.0, 1.25)
-    a = model.compute(tokens, targets, controls, None, full, True)
-    b = plain.compute(tokens, targets, controls, None, None, True)
-    torch.testing.assert_close(2 * a.logits_BSV, b.logits_BSV)  # the head is the embedding, here not doubled
-    empty = model.compute(tokens, targets, controls, None, ~full, True)
-    assert not empty.logits_BSV.any()
-    one = full.clone()
-    one[0, 2, 5] = False  # of one token's embedding
-    moved = (model.compute(tokens, targets, controls, None, one, True).logits_BSV - a.logits_BSV).abs().amax(-1)
-    assert moved[2, 5] > 1e-3 and moved[2, :5].max() < 1e-6 and moved[[0, 1, 3]].max() < 1e-6
-
-
-def test_dropout_draws_from_the_given_generator_at_its_rate_and_only_in_training():
-    """The same state gives the same masks, another place others; the noise before them is that of no dropout."""
-    config = dropping(0.3)
-    model, plain, (tokens, _) = build(config), build(), batch()
-    (noise, kept), (same_noise, none) = (m.draw(tokens, rng(3)) for m in (model, plain))
-    assert none is None and torch.equal(noise, same_noise)
-    assert kept.shape == (7, 4, 16, 32) and abs(kept.float().mean() - 0.7) < 0.02
-    assert len({tuple(place.flatten().tolist()) for place in kept}) == 7
-    generator = rng(3)
-    assert torch.equal(model.draw(tokens, generator)[1], kept)
-    assert not torch.equal(model.draw(tokens, generator)[1], kept)
-    state = generator.get_state()
-    assert model.eval().draw(tokens, generator) == (None, None)
-    assert torch.equal(generator.get_state(), state)
-
-
-@pytest.mark.parametrize("variant", [dict(), dict(n_experts=0), dict(skip_first_n_moe=1, bias=True, top_k=2,
-                                     dropless=False, capacity_factor=0.6, balance="both")], ids=str)
-def test_recomputed_activations_change_nothing(variant):
-    """Under activation checkpointing: the same losses, statistics (counted once) and gradients, dropout included."""
-    config = dropping(**variant)
-    plain, saving = lively(config), lively(config, activation_checkpointing=True)
-    controls, forwards = RouterControls.constant(1.3, 0.5, 0.6), [0]
-    saving.blocks[1].attn.register_forward_hook(lambda *_: forwards.append(1))
-    a, b = (m(*batch(), controls=controls, generator=rng()) for m in (plain, saving))
-    grads = gradients(plain, total(a)), gradients(saving, total(b))
-    assert sum(forwards) == 2  # it was computed again
-    torch.testing.assert_close(a.losses, b.losses, atol=0, rtol=0)
-    torch.testing.assert_close(*grads, atol=0, rtol=0)
-    if config.model.n_experts:
-        torch.testing.assert_close(dataclasses.asdict(a.stats), dataclasses.asdict(b.stats), atol=0, rtol=0)
-        assert b.stats.demand_E.sum(-1).tolist() == [64 * config.router.top_k] * config.model.n_moe_layer
-
-
-def test_activation_checkpointing_keeps_less():
-    """Bytes held for the backward pass: under half of those of a plain pass."""
-    held = {}
-    for saving in (False, True):
-        model, kept = lively(TINY.replace(n_layer=6, vocab_size=8), activation_checkpointing=saving), {}
-
-        def keep(t, kept=kept):
-            kept[t.data_ptr()] = t.nbytes
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            model(*batch(TINY.replace(vocab_size=8)), generator=rng())
-        held[saving] = sum(kept.values()) - sum(p.nbytes for p in model.parameters())
-    assert held[True] < held[False] / 2
-
-
 def test_dense_blocks_come_first_and_have_no_part_in_the_routers_numbers():
     """Two of three blocks dense: statistics, noise and losses are of the one that routes."""
     model = lively(TINY.replace(skip_first_n_moe=2, mlp_width=40))
@@ -381,53 +210,6 @@ def test_every_bias_adds_where_it_belongs(variant):
         assert (model(tokens).logits_BSV - before).abs().max() > 1e-5, name
         with torch.no_grad():
             p.zero_()
-
-
-class _WaitsForDevice(TorchDispatchMode):
-    """Records operators whose result the host must wait for on a GPU."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "unique", "item", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        indexes_by_mask = name.startswith("index") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool
-            for a in args if isinstance(a, list | tuple) for i in a)
-        if any(w in name for w in self.WAITING) or indexes_by_mask:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dropless", [True, False])
-def test_nothing_waits_for_the_device(dropless):
-    """Forward and backward of the grouped path use no operator that syncs; the loop, which may, is caught."""
-    config = TINY.replace(dropless=dropless, top_k=2)
-    seen = {}
-    for impl in ("grouped", "loop"):
-        model = lively(config, experts_impl=impl)
-        with _WaitsForDevice() as mode:
-            total(model(*batch(config), generator=rng())).backward()
-        seen[impl] = mode.seen
-    assert seen["grouped"] == [] and seen["loop"]
-
-
-def test_turning_a_knob_recompiles_nothing():
-    """One graph without breaks serves every value of every control, and gives eager's numbers."""
-    config = TINY.replace(dropless=False)
-    model, (tokens, targets) = lively(config, compute_dtype=torch.bfloat16), batch(config)
-    noise = draw_noise("gumbel", (3, tokens.numel(), 4), rng())
-    torch._dynamo.reset()
-    compiled = torch.compile(model.compute, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for values in ((1.0, 0.0, 1.25), (1.3, 0.5, 1.0), (0.7, 2.0, 0.4)):
-            controls = RouterControls.constant(*values)
-            output = compiled(tokens, targets, controls, noise)
-            total(output).backward()
-            torch.testing.assert_close(output.losses, model.compute(tokens, targets, controls, noise).losses)
 
 
 def test_each_head_for_tokens_further_on_is_judged_by_the_token_it_means():
