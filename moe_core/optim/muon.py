@@ -68,16 +68,17 @@ class _Piece(NamedTuple):
 
 
 def _pieces(group: Group, state: State, found_inf: Tensor | None) -> Iterator[_Piece]:
+    applies = unless(found_inf, 1.0, 0.0)
     for p, g in with_gradient("Muon", group):
         (momentum,) = tensor_state(state, p, "momentum")
         views = [x.detach().view(-1, *p.shape[-2:]) for x in (p, g, momentum)]
         at_once = max(1, _limit(p) // views[0][0].numel())
         for part in zip(*(view.split(at_once) for view in views), strict=True):
-            moves = unless(found_inf, 1.0, 0.0)
+            moves = applies
             if group["starved"] == "skip" and p.ndim == 3:
                 # A factor: to branch on it, the host would have to wait for the device. NaN is unequal to 0.
                 norm = torch.linalg.vector_norm(part[1], math.inf, dim=(1, 2), keepdim=True)
-                moves = (norm != 0).to(p.dtype) * moves
+                moves = (norm != 0).to(p.dtype) * applies
             yield _Piece(*part, update_scale(p, group["scale"]), moves)
 
 
