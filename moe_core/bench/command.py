@@ -11,8 +11,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
+import math
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
+    parser.add_argument("--minutes", type=float, default=7.0 if torch.cuda.is_available() else math.inf,
+                        help="after which no further side is begun (default: 7 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--only", default="", help="sides whose name has one of these texts, with commas")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
@@ -59,42 +66,56 @@ def main(args: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()), "(ceilings in 1e9 a second)")
     print(f"a step is {batch} x {config.model.block_size} tokens")
     if args.profile:
-        rows = profile.table(config, device, dtype, args.rounds)
+        found = profile.table(config, device, dtype, args.rounds)
     elif args.curves:
-        rows = curves.table(config, device, dtype)
+        found = curves.table(config, device, dtype)
     elif args.scale:
-        rows = scale.table(config, device, dtype, args.rounds, args.seconds)
+        found = scale.table(config, device, dtype, args.rounds, args.seconds)
     else:
-        rows = compare(args, config, device, dtype, about)
-    if args.json:
-        draft = args.json.with_name(f".{args.json.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
-        draft.replace(args.json)
+        found = compare(args, config, device, dtype, about)
+    rows = []
+    for row in found:
+        rows.append(row)
+        if args.json:  # each time: whatever ends this early, the rows so far are there
+            draft = args.json.with_name(f".{args.json.name}.{os.getpid()}")
+            draft.write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+            draft.replace(args.json)
 
 
-def compare(args, config, device, dtype, about) -> list[dict]:
+def compare(args, config, device, dtype, about) -> Iterator[dict]:
+    """A row a side, as soon as it is timed. Each is there beside the first alone: a GPU has no room for all of them."""
     words = [word for word in args.only.split(",") if word]
-    wanted = {name: make for name, make in makers(config, device, dtype, args.compiled).items()
-              if not words or any(word in name for word in words)}
-    sides = built(wanted, device, warmup=3)
-    if not sides:
-        raise ValueError(f"--only {args.only!r}: no side is left; there are {', '.join(wanted) or 'none of that name'}")
-    sides = interleave(sides, args.rounds, args.seconds, device)
-    if not sides:
-        raise ValueError("no side took all its steps")
+    known = makers(config, device, dtype, args.compiled)
+    wanted = {name: make for name, make in known.items() if not words or any(word in name for word in words)}
+    if not wanted:
+        raise ValueError(f"--only {args.only!r}: no side has that in its name; there are {', '.join(known)}")
     peak = next((value for name, value in PEAK.items() if name in str(about["device"])), about["matmul_flops"] * 1e9)
     stated = "the maker's" if peak in PEAK.values() else "the measured matmul"
     print(f"\nMFU: FLOPs in the PaLM convention over {stated} {peak / 1e12:.2f} TFLOP/s; "
-          f"ratio: tokens for tokens over the first row, quartiles of {args.rounds} rounds;\n"
+          f"ratio: tokens for tokens over the first row, with which it took turns, quartiles of {args.rounds} rounds;\n"
           "dense: of equal active size; trainer: the stepwise trainer with all its metrics, the others a bare loop")
-    print(f"{'':44s} {'tokens/s':>10s} {'MFU':>6s} {'peak MB':>9s}  ratio")
-    return [_row(side, sides[0], peak) for side in sides]
+    print(f"{'':34s} {'ready, s':>8s} {'tokens/s':>10s} {'MFU':>6s} {'peak MB':>9s}  ratio")
+    ends, first = time.monotonic() + 60 * args.minutes, None
+    for name, make in wanted.items():
+        if first is not None and time.monotonic() > ends:
+            print(f"{name}: left out, the {args.minutes:g} minutes are over")
+        elif side := built({name: make}, device, warmup=3):
+            both = ([] if first is None else [dataclasses.replace(first, seconds=[])]) + side
+            turns = interleave(both, args.rounds, args.seconds, device)
+            if len(turns) == len(both):
+                first = first or turns[0]
+                yield _row(turns[-1], turns[0], peak)
+            del side, both, turns
+            gc.collect()
+    if first is None:
+        raise ValueError("no side took all its steps")
 
 
 def _row(side: Side, base: Side, peak: float) -> dict:
     low, middle, high = ratio(side, base)
     mfu = None if side.flops_per_token is None else side.flops_per_token * side.tok_s / peak
-    print(f"{side.name:44s} {side.tok_s:10,.0f} {'' if mfu is None else f'{mfu:.1%}':>6s} "
+    print(f"{side.name:34s} {side.ready:8.1f} {side.tok_s:10,.0f} {'' if mfu is None else f'{mfu:.1%}':>6s} "
           f"{side.peak_bytes / 1e6:9,.0f}  {middle:.2f} ({low:.2f} to {high:.2f})")
-    return {"name": side.name, "tokens_s": side.tok_s, "mfu": mfu, "peak_bytes": side.peak_bytes,
-            "ratio": middle, "ratio_low": low, "ratio_high": high, "seconds": side.seconds}
+    return {"name": side.name, "ready_s": side.ready, "tokens_s": side.tok_s, "mfu": mfu,
+            "peak_bytes": side.peak_bytes, "ratio": middle, "ratio_low": low, "ratio_high": high,
+            "seconds": side.seconds}

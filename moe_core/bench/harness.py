@@ -29,6 +29,7 @@ class Side:
     step: Callable[[], object]
     tokens: int
     flops_per_token: int | None = None
+    ready: float | None = None  # seconds until it had taken its first steps, compiling included
     peak_bytes: int | None = None  # of everything that it holds and makes in a step
     seconds: list[float] = field(default_factory=list)  # a step, by round
     batch: Callable[[], object] | None = None  # what its step takes first, where it reads data
@@ -55,6 +56,8 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
             side = make()
             for _ in range(warmup):
                 side.step()
+            wait(device)
+            side.ready = time.perf_counter() - began
             side.peak_bytes = peak_bytes(side.step, device, held)
         except Exception as error:  # whatever an optional peer raises, the table goes on without it
             say(f"{name}: left out, {_why(error)}")
@@ -62,7 +65,6 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        say(f"{name}: ready after {time.perf_counter() - began:.1f} s")
         sides.append(side)
     return sides
 

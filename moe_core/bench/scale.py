@@ -26,8 +26,7 @@ def table(config: RunConfig, device: torch.device, dtype: torch.dtype, rounds: i
                 continue
             name = f"{axis} = {value}"
             makers[name] = lambda changed=changed, name=name: ours(changed, device, dtype, name=name)
-        sides = built(makers, device, warmup=2, say=lambda line: print(line) if "left out" in line else None)
-        sides = interleave(sides, rounds, seconds, device)
+        sides = interleave(built(makers, device, warmup=2), rounds, seconds, device)
         print(f"\n{axis:20s} {'tokens/s':>10s} {'GFLOP/s':>9s} {'peak MB':>9s}")
         for side in sides:
             flops = side.flops_per_token * side.tok_s
