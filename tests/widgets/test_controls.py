@@ -11,7 +11,7 @@ def held(monkeypatch):
     """Makes a run's training wait before its next step until the returned event is set."""
     def hold(run):
         gate, advance = threading.Event(), run.advance
-        monkeypatch.setattr(run, "advance", lambda: gate.wait(20) and advance())
+        monkeypatch.setattr(run, "advance", lambda **how: gate.wait(20) and advance(**how))
         return gate
     return hold
 

@@ -157,7 +157,7 @@ def test_the_panel_follows_a_run_that_goes_back(tiny_run, bench):
     run.knobs["lr_scale"].hold(0.0)
     run.step(2)
     answer(panel.live)
-    assert soon(lambda: line.x.tolist() == [1, 2, 3, 4, 5, 6])
+    assert soon(lambda: line.x.tolist() == [1, 2, 3, 4, 5, 6] and len(line.y) == 6)  # one is set after the other
     np.testing.assert_allclose(line.y, run.metrics()["train/loss"], rtol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_what_stops_training_is_shown(tiny_run, bench, monkeypatch):
     run = tiny_run()
     panel = bench(run)
 
-    def fail():
+    def fail(more):
         raise RuntimeError("out of <memory>")
     monkeypatch.setattr(run, "advance", fail)
     panel.start(5)
