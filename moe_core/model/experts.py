@@ -102,22 +102,25 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows_MD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
-        picked_TKD = rows_MD[order.place_N].unflatten(0, weights_TK.shape)
-        ctx.save_for_backward(picked_TKD, weights_TK, *order[:-1])
+        ctx.save_for_backward(rows_MD, weights_TK, *order[:-1])
         ctx.rows = order.rows
-        parts_TKD = picked_TKD * weights_TK.unsqueeze(-1)
+        # Products in the memory of what was gathered: half of the time of new ones, on a CPU.
+        parts_TKD = rows_MD[order.place_N].to(weights_TK.dtype).unflatten(0, weights_TK.shape)
+        parts_TKD = parts_TKD.mul_(weights_TK.unsqueeze(-1))
         y_TD = parts_TKD.squeeze(1) if parts_TKD.shape[1] == 1 else parts_TKD.sum(1)
         return y_TD.to(rows_MD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor):
-        picked_TKD, weights_TK, *order = ctx.saved_tensors
+        rows_MD, weights_TK, *order = ctx.saved_tensors
         order = Order(*order, ctx.rows)
-        grad_weights_TK = (picked_TKD * grad_TD.to(weights_TK.dtype).unsqueeze(1)).sum(-1)
-        token_N = order.order_N // weights_TK.shape[1]
-        grad_ND = grad_TD[token_N] * weights_TK.flatten()[order.order_N].unsqueeze(-1)
-        return order.spread(grad_ND.to(picked_TKD.dtype)), grad_weights_TK, None
+        grad_ND = grad_TD[order.order_N // weights_TK.shape[1]].to(weights_TK.dtype)
+        own_ND = rows_MD if order.row_N is None else rows_MD[order.row_N]
+        grad_weights_N = (own_ND * grad_ND).sum(-1)
+        grad_weights_N = torch.empty_like(grad_weights_N).scatter_(0, order.order_N, grad_weights_N)
+        grad_ND = grad_ND.mul_(weights_TK.flatten()[order.order_N].unsqueeze(-1))
+        return order.spread(grad_ND.to(rows_MD.dtype)), grad_weights_N.view_as(weights_TK), None
 
 
 @torch.library.custom_op("moe_core::grouped_mm_float32", mutates_args=())

@@ -118,7 +118,8 @@ class _Picks(NamedTuple):
 
 def _tokens_choose(scores_TE: Tensor, controls: RouterControls, top_k: int, dropless: bool, B: int) -> _Picks:
     T, E = scores_TE.shape
-    experts_TK = scores_TE.topk(top_k, dim=-1).indices
+    # The largest of a few is half as long to find without topk, and a compiler can do it on the way.
+    experts_TK = scores_TE.argmax(-1, keepdim=True) if top_k == 1 else scores_TE.topk(top_k, dim=-1).indices
     # Compared with a range: bincount would wait for the device, and break a compiled graph.
     picks_TKE = experts_TK.unsqueeze(-1) == torch.arange(E, device=experts_TK.device)
     demand_BE = picks_TKE.unflatten(0, (B, -1)).sum((1, 2)).float()
