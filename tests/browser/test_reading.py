@@ -78,6 +78,7 @@ def test_a_slider_that_is_dragged_shows_what_it_would_do_and_turns_once_when_let
     assert turns()[1]["value"] == pytest.approx(offered)
     assert turns()[1]["finding"]
     until(lambda: alarm.get_by_role("button", name=re.compile("✓ Load-balance alpha")).count(), "answered")
-    log = page.locator(".moe-log").inner_text()
-    assert f"in answer to {turns()[1]['finding']}" in log and "Alarm:" in log
+    log = page.locator(".moe-log")
+    until(lambda: f"in answer to {turns()[1]['finding']}" in log.inner_text(), "the answer in the log")
+    assert "Alarm:" in log.inner_text()
     assert errors == []

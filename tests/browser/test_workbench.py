@@ -50,8 +50,8 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     assert abs(temps[step] - value) < 1e-6 and abs(temps[step + 1] - value) < 1e-6
     first = turned[0]["step"]
     assert abs(temps[first - 1] - value) > 0.01, "before the first turn the schedule held"
-    shown = float(knob.locator("input[type=number]").first.input_value())
-    assert abs(shown - value) < 1e-3
+    number = knob.locator("input[type=number]").first
+    until(lambda: abs(float(number.input_value()) - value) < 1e-3, "the number beside the slider")
 
     before = points(page)
     until(lambda: points(page) > before, "lines that grow after the turn")
@@ -70,7 +70,7 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     page.reload()
     page.locator(".js-plotly-plot").wait_for()
     until(lambda: points(page) >= min(at, 900), "the whole history after a reload")
-    assert state(page) == "paused"
+    until(lambda: state(page) == "paused", "the state after a reload")
     page.get_by_role("button", name="Step once").click()
     until(lambda: store.last_step() == at + 1 and state(page) == "idle", "one step more, and a chunk of its own")
     chunk = page.locator(".moe-run input[type=number]").first
