@@ -117,7 +117,7 @@ class Trainer:
             raise asked
         if ahead:
             self._ahead = self._ask_ahead(number + 1, asked.found_inf)
-        if not asked.seen.told.is_finite:
+        if asked.found_inf is not None and not asked.seen.told.is_finite:
             asked = self._look_again(asked)
         metrics = self._metrics(number, asked.values, asked.seen)  # while a GPU is busy with the update
         if asked.seen.router_logits is not None:

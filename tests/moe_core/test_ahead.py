@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from small_models import measured
+from small_models import measured, weights
 
 from moe_core.records import OnItsWay
 from moe_core.trainer import NonFiniteError
@@ -58,6 +58,23 @@ def test_a_step_asked_ahead_is_the_step_it_would_have_been(make, changes):
     assert under_way == [step not in (10, 12) for step in range(1, 13)]  # validated, last
     for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_a_report_that_is_not_finite_for_no_fault_of_the_step_takes_the_step_once(make):
+    """Routers that begin at zero: how far they move relative to that is infinite, and no reason to refuse or repeat."""
+    one, other = ahead(make(eval_interval=0)), make(eval_interval=0)
+    plain = make(eval_interval=0)
+    for trainer in (one, other, plain):
+        with torch.no_grad():
+            for block in trainer.model.blocks:
+                block.mlp.router.weight.zero_()
+    for _ in range(4):
+        one.step(more=True), other.step()
+        plain.step()
+        for group in plain.optimizer.param_groups:
+            group["update_size"] = torch.zeros(())  # so that its reports are finite
+    one.step(), other.step(), plain.step()
+    assert torch.equal(weights(other), weights(plain)) and torch.equal(weights(one), weights(plain))
 
 
 def test_the_next_step_is_asked_for_before_this_one_is_read(make, monkeypatch):
