@@ -90,7 +90,7 @@ class Trainer:
         self._alerts = self._forward.alerts
         self.runs_ahead = self.device.type == "cuda"
         self._ahead: Asked | Exception | None = None
-        self._waited = 0.0  # seconds, for data
+        self._waited = 0.0  # seconds, for data, in the present call of step()
 
     @property
     def compiles(self) -> bool:
@@ -109,7 +109,7 @@ class Trainer:
         are as before the step. Raises NonFiniteError and MemoryLimitError; after the latter, and after any exception
         in the update itself, look at ``whole``.
         """
-        started, number = time.perf_counter(), self.steps_done + 1
+        started, number, self._waited = time.perf_counter(), self.steps_done + 1, 0.0
         validate = validate and bool(self.config.eval_interval) and number % self.config.eval_interval == 0
         ahead = more and self.runs_ahead and not validate
         asked, self._ahead = self._ahead or self._ask(number, unread=ahead), None
@@ -124,8 +124,8 @@ class Trainer:
             self.routed = Routed(number, asked.values, asked.seen.router_logits, asked.seen.batches[-1][1],
                                  asked.seen.bias_LE)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
-        took, waited, self._waited = time.perf_counter() - started, self._waited, 0.0
-        metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": waited / took}
+        took = time.perf_counter() - started
+        metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": self._waited / took}
         if self.config.eval_interval:
             # NaN where it was not measured, so that every row has the same names.
             metrics["val/loss"] = self._validate(number) if validate else math.nan

@@ -104,7 +104,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows_MD: Tensor, weights_TK: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(rows_MD, weights_TK, *order[:-1])
         ctx.rows = order.rows
-        # Products in the memory of what was gathered: half of the time of new ones, on a CPU.
+        # Products in the memory of what was gathered: with the backward 0.7 of the time of new ones, on a CPU.
         parts_TKD = rows_MD[order.place_N].to(weights_TK.dtype).unflatten(0, weights_TK.shape)
         parts_TKD = parts_TKD.mul_(weights_TK.unsqueeze(-1))
         y_TD = parts_TKD.squeeze(1) if parts_TKD.shape[1] == 1 else parts_TKD.sum(1)
