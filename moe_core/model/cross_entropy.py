@@ -27,6 +27,8 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     The product is in the dtype of ``x_ND``, everything after it in float32 at least; the gradient of the weight is
     summed in the weight's own dtype.
     """
+    if not torch.is_grad_enabled():  # of which a torch.autograd.Function knows nothing
+        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N)
 
 
@@ -35,6 +37,30 @@ def rows_of_a_chunk(vocab_size: int, device: torch.device, dtype: torch.dtype) -
     on_cpu = COMPILED_CPU_CHUNK if torch.compiler.is_compiling() else CPU_CHUNK
     most = CUDA_CHUNK if device.type == "cuda" else on_cpu
     return max(LEAST_ROWS, most // (vocab_size * dtype.itemsize))
+
+
+def _in_place(logits_RV: Tensor, target_R1: Tensor, n: int, wants: bool) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy of some rows of ``n``; the gradient of the mean, where wanted, in the memory of the logits."""
+    top_R1 = logits_RV.amax(-1, keepdim=True)
+    picked_R1 = logits_RV.gather(1, target_R1)
+    p_RV = logits_RV.sub_(top_R1).exp_()
+    sum_R1 = p_RV.sum(-1, keepdim=True)
+    loss = (sum_R1.log() + top_R1 - picked_R1).sum()
+    if not wants:
+        return loss, None
+    p_RV.mul_(1.0 / (n * sum_R1))  # (softmax - one-hot) / n
+    return loss, p_RV.scatter_add_(1, target_R1, torch.full_like(picked_R1, -1.0 / n))  # one target a row
+
+
+def _in_one_graph(logits_RV: Tensor, target_R1: Tensor, n: int, wants: bool) -> tuple[Tensor, Tensor]:
+    """:func:`_in_place` for a compiler, which makes one kernel of it: it reads the logits and writes the gradient, in
+    the dtype that this is cast to. A scatter would want the gradient in float32 between passes of their own: by the
+    compiler's count of bytes for ``moe-203m`` on a GPU, 4.0 GB a chunk of 4,096 rows in place of 1.6.
+    """
+    is_target_RV = target_R1 == torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    picked_R1 = torch.where(is_target_RV, logits_RV, 0.0).sum(-1, keepdim=True)
+    lse_R1 = logits_RV.logsumexp(-1, keepdim=True)
+    return (lse_R1 - picked_R1).sum(), ((logits_RV - lse_R1).exp() - is_target_RV.to(logits_RV.dtype)) / n
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -46,20 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_w_VD = torch.zeros_like(weight_VD) if wants else None
         total = torch.zeros((), device=x_ND.device, dtype=torch.promote_types(x_ND.dtype, torch.float32))
         rows = rows_of_a_chunk(len(weight_VD), x_ND.device, x_ND.dtype)
+        of_chunk = _in_one_graph if torch.compiler.is_compiling() else _in_place
         for start in range(0, n, rows):
-            part = slice(start, start + rows)
-            x_RD, target_R1 = x_ND[part], targets_N[part, None]
-            p_RV = (x_RD @ w_VD.T).to(total.dtype)
-            top_R1 = p_RV.amax(-1, keepdim=True)
-            picked_R1 = p_RV.gather(1, target_R1)
-            p_RV.sub_(top_R1).exp_()
-            sum_R1 = p_RV.sum(-1, keepdim=True)
-            total += (sum_R1.log() + top_R1 - picked_R1).sum()
-            if wants:  # of the mean: (softmax - one-hot) / N
-                p_RV.mul_(1.0 / (n * sum_R1))
-                p_RV.scatter_add_(1, target_R1, torch.full_like(picked_R1, -1.0 / n))  # one target a row
-                g_RV = p_RV.to(x_ND.dtype)
-                grad_x_ND[part] = g_RV @ w_VD
+            x_RD, target_R1 = x_ND[start : start + rows], targets_N[start : start + rows, None]
+            loss, g_RV = of_chunk((x_RD @ w_VD.T).to(total.dtype), target_R1, n, wants)
+            total += loss
+            if wants:
+                g_RV = g_RV.to(x_ND.dtype)
+                grad_x_ND[start : start + rows] = g_RV @ w_VD
                 if weight_VD.dtype == g_RV.dtype:
                     grad_w_VD.addmm_(g_RV.T, x_RD)
                 else:
