@@ -40,7 +40,7 @@ def rows_of_a_chunk(vocab_size: int, device: torch.device, dtype: torch.dtype) -
 
 
 def _in_place(logits_RV: Tensor, target_R1: Tensor, n: int, wants: bool) -> tuple[Tensor, Tensor | None]:
-    """Summed cross-entropy of some rows of ``n``; the gradient of the mean, where wanted, in the memory of the logits."""
+    """Summed cross-entropy of some rows of ``n``; where wanted the mean's gradient, in the memory of the logits."""
     top_R1 = logits_RV.amax(-1, keepdim=True)
     picked_R1 = logits_RV.gather(1, target_R1)
     p_RV = logits_RV.sub_(top_R1).exp_()
