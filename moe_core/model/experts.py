@@ -214,12 +214,14 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
         else:
             gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
         if biases is not None:
-            # A product, not a lookup, whose gradient would add with atomics.
+            # A product, not a lookup, whose gradient would add with atomics. Of the N rows that are an expert's: what
+            # lies between them is undefined in the gradient, and 0 times that is not always 0.
             own_N1 = routing.experts_TK.flatten()[order.order_N].unsqueeze(-1)
-            own_ME = order.spread((own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype))
-            gate_MF, up_MF = gate_MF + own_ME @ biases.gate, up_MF + own_ME @ biases.up
+            own_NE = (own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype)
+            gate_MF = gate_MF + order.spread(own_NE @ biases.gate)
+            up_MF = up_MF + order.spread(own_NE @ biases.up)
         rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
-        return rows_MD if biases is None else rows_MD + own_ME @ biases.down
+        return rows_MD if biases is None else rows_MD + order.spread(own_NE @ biases.down)
     return dispatched(x_TD, routing, len(w_gate), products)
 
 

@@ -38,6 +38,7 @@ def output_and_gradients(function, x, routing, weights, seed=7):
 
 
 NAMES = ("output", "d input", "d routing weights", "d w_gate", "d w_up", "d w_down")
+BIAS_NAMES = ("d b_gate", "d b_up", "d b_down")
 CASES = [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2)]
 
 
@@ -58,13 +59,34 @@ def test_grouped_equals_loop(E, K, T, favourite, dropless):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+class Undefined(torch.autograd.Function):
+    """Leaves nothing but NaN behind an expert's last row, in values and gradients: grouped_mm leaves what was there."""
+
+    @staticmethod
+    def forward(ctx, rows, ends_E):
+        ctx.end = int(ends_E[-1])
+        return rows.index_fill(0, torch.arange(ctx.end, len(rows)), torch.nan)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_fill(0, torch.arange(ctx.end, len(grad)), torch.nan), None
+
+
+@pytest.fixture
+def filled_up(monkeypatch):
+    """Each expert's rows filled up to a multiple of 32, as bfloat16 on a CPU has it, here in float32."""
+    grouped_mm = experts._grouped_mm
+    monkeypatch.setattr(experts, "alignment", lambda x_TD: 32)
+    monkeypatch.setattr(experts, "_grouped_mm", lambda rows, w, ends_E: Undefined.apply(
+        grouped_mm(Undefined.apply(rows, ends_E), w, ends_E), ends_E))
+
+
 @pytest.mark.parametrize("E, K", CASES)
 @pytest.mark.parametrize("T, favourite, dropless", [(33, None, True), (64, 0, True), (3, -1, True), (33, None, False)])
-def test_filled_up_rows_change_nothing(E, K, T, favourite, dropless, monkeypatch):
-    """Each expert's rows filled up to a multiple of 32, as bfloat16 on a CPU has it: all as before, in float32."""
+def test_filled_up_rows_change_nothing(E, K, T, favourite, dropless, filled_up):
+    """Values and gradients are the loop's; what lies behind the last expert's rows reaches neither."""
     case = inputs(5 * E + K + T, T, E, K, favourite, dropless)
     loop = output_and_gradients(experts_loop, *case)
-    monkeypatch.setattr(experts, "alignment", lambda x_TD: 32)
     for name, expected, actual in zip(NAMES, loop, output_and_gradients(experts_grouped, *case), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -95,9 +117,15 @@ def test_grouped_equals_loop_with_biases_too(E, K, T, favourite, dropless):
     def on(path):
         return lambda x, routing, *six: path(x, routing, *six[:3], Biases(*six[3:]))
     loop, grouped = (output_and_gradients(on(path), x, routing, six) for path in (experts_loop, experts_grouped))
-    for name, expected, actual in zip((*NAMES, "d b_gate", "d b_up", "d b_down"), loop, grouped, strict=True):
+    for name, expected, actual in zip((*NAMES, *BIAS_NAMES), loop, grouped, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert not grouped[0][~routing.kept_TK.any(-1)].any()
+
+
+@pytest.mark.parametrize("T, favourite, dropless", [(33, None, True), (3, None, True), (20, 0, False)])
+def test_filled_up_rows_change_nothing_with_biases_either(T, favourite, dropless, filled_up):
+    """The gradients of the biases too are sums over the rows that are an expert's."""
+    test_grouped_equals_loop_with_biases_too(8, 2, T, favourite, dropless)
 
 
 @pytest.mark.parametrize("E, K", CASES)
