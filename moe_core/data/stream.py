@@ -10,6 +10,7 @@ whoever goes back to it trains on at once, without reading a document twice.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -97,17 +98,16 @@ class _Filling:
         number, epoch, cursor, left = (place[name] for name in START)
         parts = [] if left is None else [left.cpu().numpy()]
         while True:
-            empty, have = cursor is None, sum(map(len, parts))
-            for ids, after in self._tokens(epoch, cursor, stop):
+            # What is left may hold whole buffers itself: they come first, as they would have without a stop.
+            for ids, after in itertools.chain([(None, cursor)], self._tokens(epoch, cursor, stop)):
                 cursor = after
-                empty, have = False, have + len(ids)
-                parts.append(ids)
-                while have >= self._size:
+                parts += [] if ids is None else [ids]
+                while sum(map(len, parts)) >= self._size:
                     tokens = np.concatenate(parts)
-                    parts, have = [tokens[self._size :].copy()], have - self._size
+                    parts = [tokens[self._size :].copy()]
                     yield self._shuffled(tokens[: self._size], number), _place(number + 1, epoch, cursor, parts[0])
                     number += 1
-            if empty:
+            if cursor is None:
                 raise DataError(f"{self._documents.title}: must hold text to train on; there was none to its end")
             # An epoch's last buffer is shorter: two epochs are never mixed.
             epoch, cursor, tokens = epoch + 1, None, np.concatenate(parts)

@@ -142,6 +142,20 @@ def test_stream_resumes_at_the_exact_next_window_from_any_batch(stream, tmp_path
             assert all(torch.equal(resumed.next(), batch) for batch in batches[at : at + 30])
 
 
+def test_stream_resumes_exactly_where_a_chunk_holds_many_buffers(stream):
+    """From every batch of an epoch and past its end: what a state has left over may be several whole buffers."""
+    one, states, batches = stream(shuffle_buffer=4), [], []
+    while not states or states[-1]["place"]["epoch"] < 1:
+        states.append(one.state_dict())
+        batches.append(one.next())
+    batches += [one.next() for _ in range(12)]
+    assert max(len(state["place"]["left"]) for state in states if state["place"]["number"]) > 2 * 4 * (S + 1)
+    resumed = stream(shuffle_buffer=4)
+    for at, state in enumerate(states):
+        resumed.load_state_dict(state)
+        assert all(torch.equal(resumed.next(), batch) for batch in batches[at : at + 12])
+
+
 def test_state_costs_nothing_and_holds_no_more_than_the_windows_to_come(stream):
     """It shares the buffer, which nothing writes to: the same whenever it is looked at, smaller with every batch."""
     one = stream()
