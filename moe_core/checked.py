@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import field, fields
 
 
@@ -12,9 +14,35 @@ class ConfigError(ValueError):
     """A field that cannot be: one line with the field, the value and what would be right."""
 
 
-def field_of(default, *, ge=None, gt=None, le=None, lt=None, choices=None):
-    """A dataclass field with the bounds that :class:`Checked` holds it to."""
-    return field(default=default, metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices})
+_BOUNDS = (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
+           ("le", lambda v, b: v <= b, "at most"), ("lt", lambda v, b: v < b, "less than"))
+
+
+def field_of(default, help: str, *, ge=None, gt=None, le=None, lt=None, choices=None):
+    """A dataclass field with what it means, and the bounds that :class:`Checked` holds it to."""
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+def described(cls: type) -> Iterator[str]:
+    """A line for each field: its name, default, range and meaning. Fields that are dataclasses themselves stand last,
+    each with its own lines, further in.
+    """
+    parts = [f for f in fields(cls) if isinstance(f.default, Checked)]
+    for f in fields(cls):
+        if f not in parts:
+            may = [f"{words} {f.metadata[key]}" for key, _, words in _BOUNDS if f.metadata[key] is not None]
+            may += [", ".join(f.metadata["choices"])] if f.metadata["choices"] else []
+            yield f"{f.name} = {f.default!r}" + f" ({', '.join(may)})" * bool(may) + f": {f.metadata['help']}"
+    for part in parts:
+        yield f"{part.name}: {type(part.default).__doc__.splitlines()[0]}"
+        yield from (f"  {line}" for line in described(type(part.default)))
+
+
+def documented(cls: type) -> type:
+    """A decorator of a dataclass: its docstring says of each field what :func:`described` does."""
+    cls.__doc__ = f"{cls.__doc__ or ''}\n\n" + textwrap.indent("\n".join(described(cls)), "    ")
+    return cls
 
 
 def _matches(value, hint) -> bool:
@@ -47,8 +75,7 @@ class Checked:
                 continue
             if bound["choices"] and value not in bound["choices"]:
                 raise ConfigError(f"{f.name} = {value!r}: must be one of {', '.join(map(repr, bound['choices']))}")
-            for key, holds, words in (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
-                                      ("le", lambda v, b: v <= b, "at most"), ("lt", lambda v, b: v < b, "less than")):
+            for key, holds, words in _BOUNDS:
                 if bound[key] is not None and not holds(value, bound[key]):
                     raise ConfigError(f"{f.name} = {value!r}: must be {words} {bound[key]}")
         self._check()

@@ -13,7 +13,8 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 
-from moe_core.dialects.flags import FIELDS
+from moe_core.checked import described
+from moe_core.config import RunConfig
 from moe_core.shell import headless, verbs
 from moe_core.shell.headless import TrainingError, tell
 from moe_core.trainer import NonFiniteError
@@ -113,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = dict(metavar="RUN", help="a run's directory")
-    add("train", None, "make a run and train it to max_iters", TRAIN + "\nFields:\n" + textwrap.fill(
-        " ".join(FIELDS), 110, initial_indent="  ", subsequent_indent="  "), "moe train [RUN_DIR] COMMAND LINE")
+    add("train", None, "make a run and train it to max_iters", TRAIN + "\nFields:\n" + textwrap.indent(
+        "\n".join(described(RunConfig)), "  "), "moe train [RUN_DIR] COMMAND LINE")
     p = add("resume", lambda a: headless.resume(a.run, a.steps), "go on with a run, or from one of its checkpoints",
             "  moe resume runs/first\n  moe resume runs/first --steps 200\n"
             "  moe resume runs/first/checkpoints/1-00000400.safetensors")

@@ -1,7 +1,8 @@
 """What a run is: frozen dataclasses, checked field by field the moment they are made.
 
 Every field name is unique over all of them, so a user names a field and never its dataclass:
-``preset("nano", n_experts=16, learning_rate=1e-3)``. A field's range stands beside its default.
+``preset("nano", n_experts=16, learning_rate=1e-3)``. A field's meaning and range stand beside its default,
+and in ``help()``.
 """
 
 from __future__ import annotations
@@ -13,38 +14,41 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from moe_core.checked import Checked, ConfigError, field_of
+from moe_core.checked import Checked, ConfigError, documented, field_of
 
 OPTIMIZERS = ("adamw", "muon_adamw", "muon_sophia", "sophia")
 MIRRORS = ("wandb", "tensorboard", "trackio")
 
 
+@documented
 @dataclass(frozen=True)
 class ModelConfig(Checked):
     """The architecture. ``n_experts=0`` makes every block dense."""
 
-    vocab_size: int = field_of(32768, ge=2)
-    n_layer: int = field_of(10, ge=1)
-    n_head: int = field_of(8, ge=1)
-    n_kv_heads: int | None = field_of(None, ge=1)  # None: as many as n_head (no GQA)
-    d_model: int = field_of(512, ge=8)
-    block_size: int = field_of(2048, ge=2)
-    n_experts: int = field_of(8, ge=0)
-    skip_first_n_moe: int = field_of(0, ge=0)  # dense blocks before the first routed one
-    expert_width: int | None = field_of(None, ge=1)  # None: 2.75 d_model, rounded up to a multiple of 8
-    n_shared_experts: int = field_of(0, ge=0)  # of expert_width each, beside the routed ones; every token meets them
-    mlp: str = field_of("swiglu", choices=("swiglu", "gelu"))  # of a dense block
-    mlp_width: int | None = field_of(None, ge=1)  # None: 2.75 d_model for swiglu, 4 d_model for gelu
-    attn_gate: str = field_of("none", choices=("none", "sigmoid_head"))
-    qk_norm: bool = False
-    qk_norm_eps: float = field_of(1e-6, gt=0)
-    use_rope: bool = True  # False: learned positions
-    rope_theta: float = field_of(10000.0, gt=0)
-    norm_eps: float = field_of(1e-6, gt=0)
-    dropout: float = field_of(0.0, ge=0, lt=1)  # of the embedding and of what each block adds, in training only
-    bias: bool = False  # of every linear layer, experts included, but not the router
-    n_mtp: int = field_of(0, ge=0)  # heads that predict tokens further on, while training; the k-th k places further
-    router_bias: bool = True  # of the router's logits; what is to become a Hugging Face model can have none
+    vocab_size: int = field_of(32768, "rows of the embedding; where a tokenizer is named, settled from it", ge=2)
+    n_layer: int = field_of(10, "blocks", ge=1)
+    n_head: int = field_of(8, "attention heads", ge=1)
+    n_kv_heads: int | None = field_of(None, "heads of keys and values; None: n_head (no GQA)", ge=1)
+    d_model: int = field_of(512, "model width", ge=8)
+    block_size: int = field_of(2048, "tokens in a sequence", ge=2)
+    n_experts: int = field_of(8, "routed experts in a block; 0: a dense model", ge=0)
+    skip_first_n_moe: int = field_of(0, "dense blocks before the first routed one", ge=0)
+    expert_width: int | None = field_of(
+        None, "hidden width of an expert; None: 2.75 d_model, up to a multiple of 8", ge=1)
+    n_shared_experts: int = field_of(0, "experts of expert_width beside the routed ones, for every token", ge=0)
+    mlp: str = field_of("swiglu", "MLP of a dense block", choices=("swiglu", "gelu"))
+    mlp_width: int | None = field_of(
+        None, "hidden width of a dense block; None: 2.75 d_model (swiglu) or 4 d_model (gelu)", ge=1)
+    attn_gate: str = field_of("none", "gate on the attention output", choices=("none", "sigmoid_head"))
+    qk_norm: bool = field_of(False, "RMSNorm of each head's queries and keys")
+    qk_norm_eps: float = field_of(1e-6, "epsilon of that norm", gt=0)
+    use_rope: bool = field_of(True, "rotary positions; False: learned positions")
+    rope_theta: float = field_of(10000.0, "base of the rotary frequencies", gt=0)
+    norm_eps: float = field_of(1e-6, "epsilon of every other RMSNorm", gt=0)
+    dropout: float = field_of(0.0, "of the embedding and of what each block adds, in training only", ge=0, lt=1)
+    bias: bool = field_of(False, "biases in every linear layer, experts included, except the router")
+    n_mtp: int = field_of(0, "extra heads while training; the k-th predicts k tokens further ahead", ge=0)
+    router_bias: bool = field_of(True, "bias of the router's logits; export to Hugging Face needs False")
 
     def _check(self):
         if self.n_experts and self.skip_first_n_moe >= self.n_layer:
@@ -63,10 +67,12 @@ class ModelConfig(Checked):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.d_model // self.n_head
 
     @property
     def kv_heads(self) -> int:
+        """Heads of keys and values: ``n_kv_heads``, or as many as ``n_head``."""
         return self.n_kv_heads or self.n_head
 
     @property
@@ -94,27 +100,30 @@ class ModelConfig(Checked):
         return 4 * self.d_model if self.mlp == "gelu" else math.ceil(2.75 * self.d_model / 8) * 8
 
 
+@documented
 @dataclass(frozen=True)
 class RouterConfig(Checked):
     """How tokens choose experts, and the schedules of what a knob can turn. Unused when dense."""
 
-    routing: str = field_of("token", choices=("token", "expert"))  # who chooses whom
-    top_k: int = field_of(1, ge=1)  # experts a token; on average, and at a capacity_factor of 1, where experts choose
-    router_scores: str = field_of("softmax", choices=("softmax", "sigmoid"))  # what weighs a pick: p of its logit
-    norm_topk_prob: bool = False  # divide the K weights by their sum (K > 1 only)
-    dropless: bool = True
-    capacity_factor: float = field_of(1.25, gt=0)  # used when not dropless
-    balance: str = field_of("aux", choices=("aux", "bias", "both", "none"))  # what keeps the load even
-    bias_update_speed: float = field_of(1e-3, ge=0)  # of the balance bias, a step; used with "bias" and "both"
-    load_balance_alpha: float = field_of(0.05, ge=0)
-    sequence_balance_alpha: float = field_of(0.0, ge=0)  # of the balance loss within each sequence, beside any of these
-    router_z_loss_coef: float = field_of(1e-3, ge=0)
-    router_temp_init: float = field_of(1.5, gt=0)
-    router_temp_final: float = field_of(1.0, gt=0)
-    router_temp_anneal_iters: int = field_of(1000, ge=0)
-    router_noise_std_init: float = field_of(0.5, ge=0)
-    router_noise_decay_iters: int = field_of(1000, ge=0)
-    router_noise_type: str = field_of("gumbel", choices=("gumbel", "gaussian"))
+    routing: str = field_of(
+        "token", "who chooses: each token its experts, or each expert its tokens", choices=("token", "expert"))
+    top_k: int = field_of(1, "experts a token; where experts choose, on average at capacity_factor = 1", ge=1)
+    router_scores: str = field_of("softmax", "what weighs a pick", choices=("softmax", "sigmoid"))
+    norm_topk_prob: bool = field_of(False, "divide the K weights by their sum (K > 1 only)")
+    dropless: bool = field_of(True, "no expert ever turns a token away; False: capacity_factor limits each")
+    capacity_factor: float = field_of(1.25, "room of an expert, in fair shares; unused when dropless", gt=0)
+    balance: str = field_of("aux", "what keeps the load even", choices=("aux", "bias", "both", "none"))
+    bias_update_speed: float = field_of(1e-3, "step of the balance bias, a training step; with 'bias' and 'both'", ge=0)
+    load_balance_alpha: float = field_of(0.05, "weight of the balance loss; with 'aux' and 'both'", ge=0)
+    sequence_balance_alpha: float = field_of(
+        0.0, "weight of the balance loss within each sequence, beside any balance", ge=0)
+    router_z_loss_coef: float = field_of(1e-3, "weight of the z-loss on the raw logits", ge=0)
+    router_temp_init: float = field_of(1.5, "divisor of the logits at step 1", gt=0)
+    router_temp_final: float = field_of(1.0, "divisor once it is annealed", gt=0)
+    router_temp_anneal_iters: int = field_of(1000, "steps from the first to the second, linearly", ge=0)
+    router_noise_std_init: float = field_of(0.5, "scale of the selection noise at step 1, in tempered logits", ge=0)
+    router_noise_decay_iters: int = field_of(1000, "steps until it is 0, linearly", ge=0)
+    router_noise_type: str = field_of("gumbel", "distribution of the noise", choices=("gumbel", "gaussian"))
 
     def _check(self):
         if self.top_k == 1 and self.norm_topk_prob:
@@ -139,6 +148,7 @@ class RouterConfig(Checked):
         return self.balance in ("bias", "both")
 
 
+@documented
 @dataclass(frozen=True)
 class DataConfig(Checked):
     """What is read.
@@ -147,19 +157,22 @@ class DataConfig(Checked):
     ids (.npy, .bin), or the name of a data set on the Hugging Face hub, which is streamed.
     """
 
-    dataset_name: str = "stdlib"
-    dataset_config: str | None = None  # of a data set on the hub
-    split: str = "train"
-    val_split: str | None = None  # None: validation documents are chosen by the hash of their text
-    text_key: str = "text"
-    tokenizer: str | None = None  # a name or folder for AutoTokenizer; None: trained on the training text
-    val_fraction: float = field_of(0.05, gt=0, lt=1)
-    val_data: str | None = None  # token ids for validation, where dataset_name is an array; None: its end
-    token_dtype: str = field_of("uint16", choices=("uint16", "uint32", "int32", "int64"))  # of a .bin
-    shuffle_buffer: int = field_of(8192, ge=1)  # windows that a stream is shuffled among
-    eval_take: int = field_of(512, ge=1)  # validation documents taken from a stream
-    num_workers: int = field_of(0, ge=0)  # processes that tokenise a stream beside training; 0: in a thread
-    prefetch_factor: int = field_of(2, ge=1)  # ready ahead, a worker: chunks of a stream's text, or batches for a GPU
+    dataset_name: str = field_of(
+        "stdlib", "stdlib, a path to text or to token ids, or the name of a data set on the hub")
+    dataset_config: str | None = field_of(None, "configuration of a data set on the hub")
+    split: str = field_of("train", "split to train on, on the hub")
+    val_split: str | None = field_of(
+        None, "split to validate on, on the hub; None: documents chosen by the hash of their text")
+    text_key: str = field_of("text", "column that holds the text")
+    tokenizer: str | None = field_of(None, "name or folder for AutoTokenizer; None: trained on the training text")
+    val_fraction: float = field_of(
+        0.05, "share of the documents, or of an array's end, kept for validation", gt=0, lt=1)
+    val_data: str | None = field_of(None, "array of validation ids, where dataset_name is an array; None: its end")
+    token_dtype: str = field_of("uint16", "type of the ids in a .bin", choices=("uint16", "uint32", "int32", "int64"))
+    shuffle_buffer: int = field_of(8192, "windows that a stream is shuffled among", ge=1)
+    eval_take: int = field_of(512, "validation documents taken from a stream", ge=1)
+    num_workers: int = field_of(0, "processes that tokenise a stream beside training; 0: a thread", ge=0)
+    prefetch_factor: int = field_of(2, "ready ahead, a worker: chunks of a stream's text, or batches for a GPU", ge=1)
 
     def _check(self):
         for name in ("dataset_name", "text_key", "split"):
@@ -167,6 +180,7 @@ class DataConfig(Checked):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: must not be empty")
 
 
+@documented
 @dataclass(frozen=True)
 class OptimConfig(Checked):
     """Optimizer, rate schedule (linear warmup, cosine to ``min_lr``) and batch. Rates are per optimizer step.
@@ -175,36 +189,41 @@ class OptimConfig(Checked):
     ``muon_lr`` for Muon's matrices and, for the rest, ``learning_rate`` under AdamW, ``sophia_lr`` under Sophia.
     """
 
-    optimizer: str = field_of("adamw", choices=OPTIMIZERS)
-    mtp_coef: float = field_of(0.3, ge=0)  # of the mean loss of the n_mtp heads
-    learning_rate: float = field_of(3e-4, gt=0)
-    min_lr: float = field_of(3e-5, ge=0)
-    warmup_iters: int = field_of(500, ge=0)
-    lr_decay_iters: int = field_of(2000, ge=1)
-    max_iters: int = field_of(2000, ge=1)  # the planned length; stepping past it goes on at min_lr
-    weight_decay: float = field_of(0.1, ge=0)
-    beta1: float = field_of(0.9, ge=0, lt=1)
-    beta2: float = field_of(0.95, ge=0, lt=1)
-    grad_clip: float = field_of(1.0, gt=0)
-    batch_size: int = field_of(8, ge=1)  # sequences a micro-batch
-    gradient_accumulation_steps: int = field_of(1, ge=1)
-    embed_lr: float | None = field_of(None, gt=0)  # peak of the tied embedding; None: as the rest
-    router_optimizer: str = field_of("aux", choices=("aux", "muon"))  # of the router's matrix, in a mix with Muon
-    muon_lr: float = field_of(3e-2, gt=0)
-    muon_wd: float = field_of(1e-2, ge=0)
-    muon_momentum: float = field_of(0.95, ge=0, lt=1)
-    muon_scale: str = field_of("original", choices=("original", "match_rms_adamw"))
-    muon_dtype: str = field_of("bfloat16", choices=("bfloat16", "float32", "float64"))  # of Newton-Schulz
-    starved_experts: str = field_of("reference", choices=("reference", "skip"))  # Muon's, when without tokens
-    sophia_lr: float = field_of(1e-3, gt=0)
-    sophia_wd: float = field_of(0.2, ge=0)
-    sophia_b1: float = field_of(0.965, ge=0, lt=1)
-    sophia_b2: float = field_of(0.99, ge=0, lt=1)
-    sophia_rho: float = field_of(0.1, gt=0)
-    sophia_eps: float = field_of(1e-15, gt=0)
-    sophia_k: int = field_of(10, ge=1)  # steps between Hessian passes
-    sophia_k_after: int | None = field_of(None, ge=1)  # the same, once sophia_k_switch_step has passed
-    sophia_k_switch_step: int | None = field_of(None, ge=1)
+    optimizer: str = field_of(
+        "adamw", "rule of the blocks' matrices, then of the rest where they differ", choices=OPTIMIZERS)
+    mtp_coef: float = field_of(0.3, "weight of the mean loss of the n_mtp heads", ge=0)
+    learning_rate: float = field_of(3e-4, "peak rate under AdamW; min_lr / learning_rate is every group's floor", gt=0)
+    min_lr: float = field_of(3e-5, "rate from lr_decay_iters on", ge=0)
+    warmup_iters: int = field_of(500, "steps of linear warmup", ge=0)
+    lr_decay_iters: int = field_of(2000, "step at which the cosine ends", ge=1)
+    max_iters: int = field_of(2000, "planned steps; stepping past them goes on at min_lr", ge=1)
+    weight_decay: float = field_of(0.1, "AdamW's decoupled decay; norms and biases never decay", ge=0)
+    beta1: float = field_of(0.9, "AdamW's first moment", ge=0, lt=1)
+    beta2: float = field_of(0.95, "AdamW's second moment", ge=0, lt=1)
+    grad_clip: float = field_of(1.0, "largest norm of the whole gradient", gt=0)
+    batch_size: int = field_of(8, "sequences in a micro-batch", ge=1)
+    gradient_accumulation_steps: int = field_of(1, "micro-batches in a step", ge=1)
+    embed_lr: float | None = field_of(None, "peak rate of the tied embedding; None: as the rest", gt=0)
+    router_optimizer: str = field_of(
+        "aux", "rule of the router's matrix beside Muon; aux: that of the rest", choices=("aux", "muon"))
+    muon_lr: float = field_of(3e-2, "peak rate of Muon's matrices", gt=0)
+    muon_wd: float = field_of(1e-2, "Muon's decoupled decay", ge=0)
+    muon_momentum: float = field_of(0.95, "Muon's momentum", ge=0, lt=1)
+    muon_scale: str = field_of(
+        "original", "how Muon scales an update with a matrix's shape", choices=("original", "match_rms_adamw"))
+    muon_dtype: str = field_of(
+        "bfloat16", "type of the Newton-Schulz steps", choices=("bfloat16", "float32", "float64"))
+    starved_experts: str = field_of(
+        "reference", "Muon on experts without tokens; skip: left alone", choices=("reference", "skip"))
+    sophia_lr: float = field_of(1e-3, "peak rate under Sophia", gt=0)
+    sophia_wd: float = field_of(0.2, "Sophia's decoupled decay", ge=0)
+    sophia_b1: float = field_of(0.965, "Sophia's momentum", ge=0, lt=1)
+    sophia_b2: float = field_of(0.99, "decay of the curvature estimate", ge=0, lt=1)
+    sophia_rho: float = field_of(0.1, "scales the curvature: larger clips fewer elements", gt=0)
+    sophia_eps: float = field_of(1e-15, "least curvature divided by", gt=0)
+    sophia_k: int = field_of(10, "steps between curvature estimates", ge=1)
+    sophia_k_after: int | None = field_of(None, "the same after sophia_k_switch_step; None: no change", ge=1)
+    sophia_k_switch_step: int | None = field_of(None, "the last step at which sophia_k holds", ge=1)
 
     def _check(self):
         if self.min_lr > self.learning_rate:
@@ -219,6 +238,7 @@ class OptimConfig(Checked):
         return self.starved_experts == "skip" and self.optimizer.startswith("muon")
 
 
+@documented
 @dataclass(frozen=True)
 class RunConfig(Checked):
     """One experiment: its parts, and what belongs to none of them."""
@@ -227,25 +247,29 @@ class RunConfig(Checked):
     router: RouterConfig = RouterConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    device: str = field_of("auto", choices=("auto", "cpu", "cuda"))
-    seed: int = field_of(1337, ge=0)
-    eval_interval: int = field_of(200, ge=0)  # steps between validations; 0: never
-    eval_iters: int = field_of(50, ge=1)  # batches a validation
-    save_interval: int = field_of(0, ge=0)  # steps between checkpoints; 0: only when training rests
-    keep_checkpoints: int = field_of(3, ge=1)  # how many of those are kept, beside the last, the best and the named
-    experts_impl: str = field_of("grouped", choices=("grouped", "loop"))
-    compute_dtype: str = field_of("auto", choices=("auto", "bfloat16", "float32"))  # auto: bfloat16 on CUDA
-    compile: bool | None = None  # torch.compile the model; None: on CUDA, and on a CPU where a run is long enough
-    activation_checkpointing: bool = False  # keep each block's input alone, compute the rest again for the gradient
-    log_interval: int = field_of(10, ge=1)  # steps between two lines on a console
-    mirrors: str = ""  # where metrics go beside the run's file: any of wandb, tensorboard, trackio, with commas
-    wandb_project: str = "moe-workbench"
-    wandb_run_name: str | None = None  # None: the name of the run's directory
-    checkpoint_dir: str | None = None  # the directory of the run that `moe train` makes
-    resume: str | None = None  # `moe train`: the run, or the checkpoint in one, to go on from
-    auto_resume: bool = False  # `moe train`: go on where checkpoint_dir holds a run already
-    opt_list: str = ""  # `moe shootout`: the optimizers to compare, with commas
-    csv: str | None = None  # `moe shootout`: where its table is written
+    device: str = field_of("auto", "where it trains; auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = field_of(1337, "of weights, data order and noise", ge=0)
+    eval_interval: int = field_of(200, "steps between validations; 0: never", ge=0)
+    eval_iters: int = field_of(50, "batches in a validation", ge=1)
+    save_interval: int = field_of(0, "steps between checkpoints; 0: only when training rests", ge=0)
+    keep_checkpoints: int = field_of(3, "how many of those are kept, beside the last, the best and the named", ge=1)
+    experts_impl: str = field_of(
+        "grouped", "grouped products, or a plain loop to test against", choices=("grouped", "loop"))
+    compute_dtype: str = field_of(
+        "auto", "type of the matrix products; auto: bfloat16 on a GPU that has it",
+        choices=("auto", "bfloat16", "float32"))
+    compile: bool | None = field_of(
+        None, "torch.compile the model; None: on CUDA, and on a CPU where the run is long enough")
+    activation_checkpointing: bool = field_of(False, "keep only each block's input and recompute the rest: less memory")
+    log_interval: int = field_of(10, "steps between two lines on a console", ge=1)
+    mirrors: str = field_of("", "where metrics also go: any of wandb, tensorboard, trackio, with commas")
+    wandb_project: str = field_of("moe-workbench", "project of the wandb mirror")
+    wandb_run_name: str | None = field_of(None, "run name there; None: the run's directory")
+    checkpoint_dir: str | None = field_of(None, "`moe train`: directory of the run")
+    resume: str | None = field_of(None, "`moe train`: the run, or the checkpoint in one, to go on from")
+    auto_resume: bool = field_of(False, "`moe train`: go on where checkpoint_dir already holds a run")
+    opt_list: str = field_of("", "`moe shootout`: the optimizers to compare, with commas")
+    csv: str | None = field_of(None, "`moe shootout`: where its table is written")
 
     def _check(self):
         if self.model.n_experts and self.router.top_k > self.model.n_experts:
@@ -272,6 +296,7 @@ class RunConfig(Checked):
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens that an optimizer step learns from, over all its micro-batches."""
         return self.optim.batch_size * self.model.block_size * self.optim.gradient_accumulation_steps
 
     def replace(self, **changes) -> RunConfig:
@@ -296,7 +321,7 @@ class RunConfig(Checked):
 
     @classmethod
     def from_command(cls, command: str | Sequence[str]) -> RunConfig:
-        """The config that one of the users' old command lines means (see ``moe_core.commands``).
+        """The config that a command line of a legacy training script means (see ``moe_core.commands``).
 
         ``command``: the whole line as it was pasted, or its words. Raises ConfigError.
         """

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from moe_core.cli import main
 from moe_core.config import ConfigError, RunConfig
+from moe_core.dialects.flags import FIELDS
 from moe_core.presets import preset
 
 REFUSED = [
@@ -49,3 +51,13 @@ def test_a_config_survives_json(name):
     config = preset(name, seed=7, max_steps=3, n_kv_heads=1)
     assert config.optim.max_iters == 3
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_says_what_it_means(capsys):
+    """Its default and a meaning are in help() and in `moe train --help`."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in FIELDS:
+        (line,) = [line.strip() for line in RunConfig.__doc__.splitlines() if line.strip().startswith(f"{name} = ")]
+        assert len(line.partition(": ")[2]) > 5 and line in shown, line
