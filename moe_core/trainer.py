@@ -240,7 +240,7 @@ class Trainer:
         ghats = []
         if hessian_due(optim, number - 1):
             ghats = sampled_gradients(self._forward, window[:, :-1], controls, self.labels,
-                                      self.optimizer.hessian_params())
+                                      self.optimizer.hessian_params(), optim.mtp_coef)
         norms = torch.stack([_norm([g for g in grads if g is not None], self.device)
                              for grads in (ghats, [p.grad for p in self.model.parameters()])])
         sizes, routed = update_sizes(self.optimizer, self.device), (model.n_moe_layer, model.n_experts)

@@ -32,7 +32,7 @@ TERMS = ("balance", "sequence", "z")  # losses of a router, in Output's order
 @dataclass(frozen=True)
 class Output:
     """What one forward gives. The total to minimise is ``ce + alpha * balance + z_coef * z``, and where the config
-    says so a coefficient times ``sequence``.
+    asks for them ``sequence_alpha * sequence`` and ``mtp_coef * mtp``.
     """
 
     losses: dict[str, Tensor]  # 0-D float32: "ce" with targets; "balance", "sequence", "z", means over L, for a MoE;
@@ -44,6 +44,7 @@ class Output:
     router_logits: tuple[Tensor, ...] | None  # of each layer, raw, detached: float32 [T, E], not copied together
     logits_BSV: Tensor | None  # in the compute dtype; None where targets are given and nobody asked
     mtp_N: Tensor | None = None  # detached, float32, the cross-entropy of each head for tokens further on
+    mtp_logits: tuple[Tensor, ...] = ()  # of the k-th of them, [B, S - k, V], while training without targets
 
 
 class MLP(nn.Module):
@@ -219,7 +220,7 @@ class Transformer(nn.Module):
                                    None if kept_NBSD is None else kept_NBSD[1 + 2 * i : 3 + 2 * i])
             if routing is not None:
                 routings.append(routing)
-        trunk_BSD, x_BSD, logits_BSV, mtp_N = x_BSD, self.norm(x_BSD), None, None
+        trunk_BSD, x_BSD, logits_BSV, mtp_N, mtp_logits = x_BSD, self.norm(x_BSD), None, None, ()
         if return_logits or targets_BS is None:
             logits_BSV = F.linear(x_BSD, self.embed.weight.to(x_BSD.dtype))
 
@@ -229,9 +230,12 @@ class Transformer(nn.Module):
             losses["ce"] = (linear_cross_entropy(x_BSD.flatten(0, 1), self.embed.weight, targets)
                             if logits_BSV is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets))
             if self.mtp and self.training:
-                mtp_N = torch.stack([self._further(head, k, trunk_BSD, targets_BS, rope)
-                                     for k, head in enumerate(self.mtp, 1)])
+                mtp_N = torch.stack([
+                    linear_cross_entropy(x.flatten(0, 1), self.embed.weight, targets_BS[:, k:].flatten())
+                    for k, x in enumerate(self._further(trunk_BSD, rope), 1)])
                 losses["mtp"], mtp_N = mtp_N.mean(), mtp_N.detach()
+        elif self.training:
+            mtp_logits = tuple(F.linear(x, self.embed.weight.to(x.dtype)) for x in self._further(trunk_BSD, rope))
         if routings:
             # Each layer has its own product, then the mean: pooled demand would hide layers that collapse
             # on different experts.
@@ -240,14 +244,12 @@ class Transformer(nn.Module):
             of_layers = [term_L.detach() for term_L in of_layers]
             stats = RouterStats.stack([r.stats for r in routings])
             router_logits = tuple(r.logits_TE for r in routings)
-        return Output(losses, *of_layers, stats, router_logits, logits_BSV, mtp_N)
+        return Output(losses, *of_layers, stats, router_logits, logits_BSV, mtp_N, mtp_logits)
 
-    def _further(self, head: Block, k: int, trunk_BSD: Tensor, targets_BS: Tensor,
-                 rope: Tables | None) -> Tensor:
-        """Cross-entropy of a head's guess of the token k places after the next one, where the text goes on so far."""
-        x_BSD, _ = head(trunk_BSD, rope, None, None, None, None)
-        x_ND = self.norm(x_BSD[:, :-k]).flatten(0, 1)
-        return linear_cross_entropy(x_ND, self.embed.weight, targets_BS[:, k:].flatten())
+    def _further(self, trunk_BSD: Tensor, rope: Tables | None) -> list[Tensor]:
+        """What the k-th head guesses the token k places after the next one from, [B, S - k, D]: the text ends there."""
+        return [self.norm(head(trunk_BSD, rope, None, None, None, None)[0][:, :-k])
+                for k, head in enumerate(self.mtp, 1)]
 
     def num_params(self) -> int:
         """Every parameter once (the output head is the embedding), from the structure alone."""

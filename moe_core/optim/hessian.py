@@ -37,14 +37,25 @@ def sample_labels(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sampled_gradients(model: Callable[..., Output], tokens_BS: Tensor, controls: RouterControls | None,
-                      generator: torch.Generator, params: Sequence[Tensor]) -> list[Tensor | None]:
+                      generator: torch.Generator, params: Sequence[Tensor], mtp_coef: float = 0.0
+                      ) -> list[Tensor | None]:
     """Gradients of the mean cross-entropy on sampled labels: at every position, without the router's losses.
 
-    B * S times their squares are, in the mean over labels, the Gauss-Newton diagonal of that cross-entropy.
+    B * S times their squares are, in the mean over labels, the Gauss-Newton diagonal of that cross-entropy, and of
+    ``mtp_coef`` times the mean one of the heads for tokens further on, each on labels of its own.
     Labels, and in training mode the router's noise and dropout, come from ``generator``. Nothing else is touched: no
     ``.grad``, no counter, no other random stream. None where a parameter has no part in the loss.
     """
-    logits_BSV = model(tokens_BS, controls=controls, generator=generator, return_logits=True).logits_BSV.float()
-    labels_BS = sample_labels(logits_BSV.detach(), generator)
-    loss = F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())
+    out = model(tokens_BS, controls=controls, generator=generator, return_logits=True)
+    loss = _on_sampled(out.logits_BSV, generator)
+    for logits in out.mtp_logits if mtp_coef else ():
+        # A term's weight and its number of predictions enter its curvature once, and a gradient's square twice.
+        share = mtp_coef / len(out.mtp_logits) * logits.shape[1] / tokens_BS.shape[1]
+        loss = loss + share**0.5 * _on_sampled(logits, generator)
     return list(torch.autograd.grad(loss, list(params), allow_unused=True))
+
+
+def _on_sampled(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
+    logits_BSV = logits_BSV.float()
+    labels_BS = sample_labels(logits_BSV.detach(), generator)
+    return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten())

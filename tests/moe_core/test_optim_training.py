@@ -58,8 +58,10 @@ def test_a_hessian_pass_leaves_a_twin_runs_numbers_unchanged_to_the_bit(make):
 
 
 def test_the_pass_runs_when_it_is_due_on_what_needs_it(make):
-    """With k = 3 the curvature of the aux parameters changes in steps 4 and 7 alone; Muon's have none."""
-    trainer = make(optimizer="muon_sophia", sophia_k=3)
+    """With k = 3 the curvature of the aux parameters changes in steps 4 and 7 alone, and reaches each of them, those
+    of a head for tokens further on too; Muon's have none.
+    """
+    trainer = make(optimizer="muon_sophia", sophia_k=3, n_mtp=1)
     embed, changed, before = trainer.model.embed.weight, [], None
     for number in range(1, 9):
         trainer.step()
@@ -68,6 +70,7 @@ def test_the_pass_runs_when_it_is_due_on_what_needs_it(make):
             changed.append(number)
         before = now
     assert changed == [4, 7]
+    assert all(trainer.optimizer.state[p]["hessian"].any() for p in trainer.optimizer.hessian_params())
     assert all("hessian" not in trainer.optimizer.state[p]
                for group in trainer.optimizer.param_groups if group["rule"] == "muon" for p in group["params"])
 

@@ -71,36 +71,49 @@ def tiny_model(**changes):
     return model.double()
 
 
-@pytest.mark.parametrize("n_experts", [0, 2])
-def test_the_mean_over_all_label_draws_is_the_gauss_newton_diagonal(n_experts, monkeypatch):
-    """B ghat^2, weighted by the labels' probabilities over all V^B of them, against J^T (diag p - p p^T) J / B."""
-    model = tiny_model(n_experts=n_experts).eval()
-    tokens = torch.tensor([[0, 2], [1, 1]])
+@pytest.mark.parametrize("changes, tokens", [
+    (dict(n_experts=0), [[0, 2], [1, 1]]), (dict(n_experts=2), [[0, 2], [1, 1]]),
+    (dict(n_experts=0, n_mtp=1, block_size=3), [[0, 2, 1]])], ids=str)
+def test_the_mean_over_all_label_draws_is_the_gauss_newton_diagonal(changes, tokens, monkeypatch):
+    """B ghat^2, weighted by the labels' probabilities over all V^B of them, against J^T (diag p - p p^T) J / B.
+
+    With a head for tokens further on, whose B is smaller: its own, times its coefficient, is added.
+    """
+    model, coef = tiny_model(**changes).train("n_mtp" in changes), 0.3
+    tokens = torch.tensor(tokens)
     params, total = list(model.parameters()), tokens.numel()
     with torch.no_grad():
         for p in params:  # away from the start, where every probability is 1 / V
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype), alpha=0.5)
-    logits_BV = model(tokens, return_logits=True).logits_BSV.flatten(0, 1)
-    log_p_BV = logits_BV.detach().log_softmax(-1)
+    out = model(tokens, return_logits=True)
+    heads = [logits.flatten(0, 1) for logits in (out.logits_BSV, *out.mtp_logits)]
+    assert len(heads) == 1 + changes.get("n_mtp", 0)
+    log_p_NV = torch.cat(heads).detach().log_softmax(-1)
 
     mean = [torch.zeros_like(p) for p in params]
-    for labels in itertools.product(range(3), repeat=total):
+    for labels in itertools.product(range(3), repeat=len(log_p_NV)):
         drawn = torch.tensor(labels)
-        monkeypatch.setattr(hessian, "sample_labels", lambda logits, generator, drawn=drawn: drawn.view(2, 2))
-        chance = log_p_BV[torch.arange(total), drawn].sum().exp()
-        for sums, ghat in zip(mean, sampled_gradients(model, tokens, None, None, params), strict=True):
-            sums += chance * total * ghat.square()
+        parts = iter(drawn.split([len(logits) for logits in heads]))
+        monkeypatch.setattr(hessian, "sample_labels",
+                            lambda logits, generator, parts=parts: next(parts).view(logits.shape[:2]))
+        chance = log_p_NV[torch.arange(len(drawn)), drawn].sum().exp()
+        for sums, ghat in zip(mean, sampled_gradients(model, tokens, None, None, params, coef), strict=True):
+            sums += 0.0 if ghat is None else chance * total * ghat.square()
 
-    jacobian = [[torch.autograd.grad(logit, params, retain_graph=True) for logit in row] for row in logits_BV]
-    for i, got in enumerate(mean):
-        expected = torch.zeros_like(got)
-        for p_V, row in zip(log_p_BV.exp(), jacobian, strict=True):
-            j_V = torch.stack([grads[i] for grads in row])
-            mixed = torch.tensordot(p_V, j_V, dims=1)
-            expected += (torch.tensordot(p_V, j_V.square(), dims=1) - mixed.square()) / total
+    expected = [torch.zeros_like(p) for p in params]
+    for weight, logits_NV in zip((1.0, coef), heads, strict=False):
+        for p_V, row in zip(logits_NV.detach().softmax(-1), logits_NV, strict=True):
+            jacobian = [torch.autograd.grad(logit, params, retain_graph=True, allow_unused=True) for logit in row]
+            for i, of_logits in enumerate(zip(*jacobian, strict=True)):
+                if of_logits[0] is not None:  # a head's are none of the trunk's
+                    j_V = torch.stack(of_logits)
+                    mixed = torch.tensordot(p_V, j_V, dims=1)
+                    diagonal = torch.tensordot(p_V, j_V.square(), dims=1) - mixed.square()
+                    expected[i] += weight / len(logits_NV) * diagonal
+    for got, wanted in zip(mean, expected, strict=True):
         # The loss, and the router, are in float32 whatever the model's dtype.
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
-        assert expected.any()
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * float(wanted.max()))
+        assert wanted.any()
 
 
 def test_labels_are_drawn_from_the_softmax_of_their_own_position(rng):
