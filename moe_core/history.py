@@ -30,6 +30,7 @@ GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a G
 
 # What decides which tensors a state has, and their shapes.
 _SHAPES = {"model": {f.name for f in fields(ModelConfig)} - {"qk_norm_eps", "norm_eps", "rope_theta", "dropout"},
+           "router": {"balance"},
            "optim": {"optimizer", "router_optimizer"}}
 
 
@@ -108,7 +109,8 @@ class History:
             elif file.suffix == checkpoint.SUFFIX and (path := f"{FOLDER}/{file.name}") not in known:
                 with contextlib.suppress(checkpoint.CheckpointError):  # not ours, or cut short: left as it is
                     about = checkpoint.about(file)
-                    if about.get("run") == self.store.get_meta("created") and about["step"] <= last[about["branch"]]:
+                    ours = about.get("run") == self.store.get_meta("created")
+                    if ours and about["step"] <= last.get(about["branch"], -1):
                         self.store.add_checkpoint(about["branch"], about["step"], about["name"], path)
 
     def is_best(self, branch: int, step: int, val_loss: float) -> bool:
@@ -142,7 +144,7 @@ class History:
         return next((s.step for s in self.states(branch, step - 1) if isinstance(s, Snapshot)), None)
 
     def restore(self, branch: int, step: int, build: Callable[[], Trainer], say: Callable[[str], None]) -> Trainer:
-        """A trainer from ``build`` in the newest state at or before ``step`` that is whole; the start if there is none.
+        """A trainer of ``build`` in the newest state at or before ``step`` that is whole; the start if there is none.
 
         ``say`` hears of every checkpoint that cannot be read.
         """
@@ -154,12 +156,15 @@ class History:
                 return trainer
             except checkpoint.CheckpointError as error:
                 say(f"{error}; going back further")
-        return trainer
+        if first := (self.store.get_meta(origin.PARENT) or {}).get(origin.FIRST):
+            raise checkpoint.CheckpointError(f"{self.store.path}: no state from step {first} on can be read, and its "
+                                             "config does not lead there from the start; fork it from its parent again")
+        return origin.begun(trainer, self.store)
 
     def _load(self, path: Path, device: torch.device) -> dict[str, Any]:
         there, here = checkpoint.about(path)["config"], self.store.config
         if (field := other_shape(there, here)) is not None:
-            part = "model" if field in there["model"] else "optim"
+            part = next(part for part, names in _SHAPES.items() if field in names)
             raise checkpoint.CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
                                              f"{here[part][field]!r} here")
         return checkpoint.load(path, device)
@@ -215,7 +220,9 @@ class History:
         trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)
 
     def copy_line(self, line: int, path: str | os.PathLike, config: dict, trainer: Trainer, parent: dict) -> None:
-        """A new run in ``path``: this line's rows and events up to the trainer's step, and its state."""
+        """A new run in ``path``: this line's rows and events up to the trainer's step, and its state. From the tip of
+        the line the turns go along that wait for its next step.
+        """
         step = trainer.steps_done
         with RunStore.create(path, config, **origin.inherited(self.store)) as child:
             child.set_meta("parent", parent | {"branch": line, "step": step})
@@ -224,16 +231,21 @@ class History:
             for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
                 child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),
                                dict(zip(rows.names, rows.values[i].tolist(), strict=True)), rows.shares[i])
+            waiting = step + 1 if step == self.store.last_step(line) else step
             for event in self.store.read_events(line):
-                if event["step"] <= step and event["kind"] != "checkpoint":
+                upto = waiting if event["kind"] == "knob" else step
+                if event["step"] <= upto and event["kind"] != "checkpoint":
                     child.log_event(MAIN, event["step"], event["kind"], event["payload"], asked=event["asked"])
-            History(child, self.save_interval, self.keep).save(MAIN, trainer)
+            # By name it is never dropped: where fields were changed, no step before it can be taken again.
+            History(child, self.save_interval, self.keep).save(MAIN, trainer, "fork" if "changes" in parent else None)
 
 
 def other_shape(there: Mapping, here: Mapping) -> str | None:
     """The first field for which a state of one config does not fit the other; None where it fits. Both as dicts."""
+    def asks(field: str, value: Any) -> Any:
+        return value in ("bias", "both") if field == "balance" else value  # a tensor, or none
     return next((field for part, names in _SHAPES.items() for field, value in here[part].items()
-                 if field in names and there[part].get(field, value) != value), None)
+                 if field in names and asks(field, there[part].get(field, value)) != asks(field, value)), None)
 
 
 def turns(store: RunStore, branch: int) -> list[tuple[int, dict]]:

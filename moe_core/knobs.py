@@ -8,18 +8,23 @@ recompiles nothing and waits for no device.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 
+from moe_core.checked import is_integer
 from moe_core.config import RunConfig
 
 
 class KnobError(ValueError):
     """A turn that cannot be: one line with the knob, the value and what would be right."""
+
+
+def no_such_knob(name: str, known: Iterable[str]) -> KnobError:
+    """What to raise for a knob that a run does not have; ``known``: those that it has."""
+    return KnobError(f"{name}: unknown knob; this run's knobs are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Knob:
 
     def turn(self, mode: str, value: float | None, over: int | None, step: int) -> None:
         """Set the knob from ``step`` on. The request must have passed :func:`check_turn`."""
-        start = self.at(step - 1) if mode == "ramp" else None
+        start = self.at(max(step - 1, 1)) if mode == "ramp" else None  # no schedule says anything of a step 0
         self.setting = Setting(mode, None if value is None else float(value), over, start, since=step)
 
 
@@ -88,11 +93,11 @@ def check_turn(name: str, mode: str, value: float | None = None, over: int | Non
         if value is not None or over is not None:
             raise KnobError(f"{name}: follow takes no value; the schedule says what it is")
         return
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not spec.low <= value <= spec.high:
         raise KnobError(f"{name} = {value!r}: must be a number from {spec.low:g} to {spec.high:g}")
-    if mode == "ramp" and (not isinstance(over, int) or isinstance(over, bool) or over < 1):
-        raise KnobError(f"{name}: over = {over!r}: must be a whole number of steps, at least 1")
+    if mode == "ramp" and not is_integer(over, 1):
+        raise KnobError(f"{name}: over = {over!r}: must be an integer, at least 1")
 
 
 def _linear(first: float, last: float, iters: int) -> Callable[[int], float]:
@@ -129,7 +134,7 @@ class Knobs(dict[str, Knob]):
             self.tensors["capacity_factor"] = torch.zeros(())  # shapes follow it, so the host reads it
 
     def __missing__(self, name: str):
-        raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")
+        raise no_such_knob(name, self)
 
     def read(self, step: int) -> dict[str, float]:
         """The values that hold for ``step``; the tensors are set to them."""
@@ -143,15 +148,20 @@ class Knobs(dict[str, Knob]):
         self[turn["name"]].turn(turn["mode"], turn.get("value"), turn.get("over"), step)
 
     def replay(self, turns: Iterable[tuple[int, Mapping]]) -> None:
-        """Every knob as (step, turn) after (step, turn) leave it, from its schedule on."""
+        """Every knob as (step, turn) after (step, turn) leave it, from its schedule on. A fork may lack a knob that its
+        parent turned; that turn says nothing to it.
+        """
         for knob in self.values():
             knob.setting = Setting()
         for step, turn in turns:
-            self.turn(turn, step)
+            if turn["name"] in self:
+                self.turn(turn, step)
 
     def state_dict(self) -> dict[str, dict]:
         return {name: asdict(knob.setting) for name, knob in self.items()}
 
     def load_state_dict(self, state: Mapping[str, dict]) -> None:
+        """Settings by knob; those of knobs that a fork does without are left out."""
         for name, setting in state.items():
-            self[name].setting = Setting(**setting)
+            if name in self:
+                self[name].setting = Setting(**setting)

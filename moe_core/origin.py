@@ -6,7 +6,6 @@ where one was kept. ``tokenizer/`` is the tokenizer that came with them. A fork 
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from torch import Tensor
 from moe_core import checkpoint
 from moe_core.data.pretrained import kept_folder
 from moe_core.store import RunStore
-from moe_core.trainer import Trainer
+from moe_core.trainer import Trainer, load_gathered
 
 STATE, TOKENIZER = f"start{checkpoint.SUFFIX}", "tokenizer"
 PARENT = "parent"  # the store's meta key: path, step, branch where they are known; how it became a run
+FIRST = "first"  # in it, of a fork with changes: the first step whose state its config goes on from
 WORDS = {"init_from": "weights from", "upcycle_from": "upcycled from", "init_from_hf": "weights from"}
 
 
@@ -96,8 +96,5 @@ def at_step(parent: Mapping[str, Any]) -> str:
 def _begun(trainer: Trainer, state: dict[str, Any]) -> Trainer:
     trainer.model.load_state_dict(state["model"])
     if state["optimizer"] is not None:
-        # What it has gathered, under the rates and settings of this run.
-        groups = trainer.optimizer.state_dict()["param_groups"]
-        trainer.optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]),
-                                           "param_groups": groups})
+        load_gathered(trainer.optimizer, state["optimizer"])
     return trainer

@@ -58,8 +58,10 @@ class Porter:
         for wish in self._inbox.read(after=max(self._taken, default=0), waiting=True):
             try:
                 self._taken[wish.id] = self._take(run, wish)
-            except (ValueError, RuntimeError, KeyError, TypeError) as error:
-                self._inbox.answer(wish.id, str(error))
+            except StoreError:
+                raise
+            except Exception as error:  # whatever a wish that another process wrote leads to, this thread goes on
+                self._inbox.answer(wish.id, f"{wish.kind}: {str(error) or type(error).__name__}")
         self._tell(run)  # before the answer, so that who gets it sees what came of it
         for wish in [wish for wish, done in self._taken.items() if done()]:
             del self._taken[wish]
@@ -82,7 +84,7 @@ class Porter:
             getattr(run, wish.kind)(**said, wait=False)
             return lambda: session.state != "moving"
         else:
-            raise ValueError(f"{wish.kind!r}: is nothing that a run can be asked for")
+            raise ValueError("unknown command; there are knob, note, checkpoint, start, pause, rewind, undo, switch")
         return lambda: True
 
     def _tell(self, run) -> None:

@@ -6,10 +6,12 @@ so that a cell's ``run.step(20)`` and a panel's buttons drive the same thing.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_core import finetune, origin, provenance
@@ -42,6 +44,26 @@ def _own(store: RunStore) -> RunStore:
         return store
     store.close()
     raise StoreError(f"{store.path}: is an imported log, read-only, with nothing to train; read it with RunStore.open")
+
+
+@contextlib.contextmanager
+def _closed_on_error(store: RunStore) -> Iterator[None]:
+    """A run that did not come about lets its directory go."""
+    try:
+        yield
+    except BaseException:
+        store.close()
+        raise
+
+
+@atexit.register
+def _close_all() -> None:
+    """A notebook's end saves what was trained since the last save, so that nothing is trained again."""
+    for run in list(_open_runs.values()):
+        try:
+            run.close()
+        except Exception as error:  # nobody is left to catch it, and the next run is to be saved too
+            print(f"{run.path}: was not closed as it should be: {error}")
 
 
 def _known(source):
@@ -101,8 +123,9 @@ class Run(Timeline, Face):
         if begins is not None:
             begins.begin(trainer)
         store = RunStore.create(path, config.to_dict(), **(begins.creation() if begins is not None else {}))
-        run = cls(store, config, trainer)
-        store.set_meta(provenance.META, provenance.gather(trainer.device))
+        with _closed_on_error(store):
+            run = cls(store, config, trainer)
+            store.set_meta(provenance.META, provenance.gather(trainer.device))
         return run
 
     @classmethod
@@ -114,8 +137,9 @@ class Run(Timeline, Face):
         if (known := _open_runs.get(Path(path).resolve())) is not None:
             return known
         store = _own(RunStore.open(path, write=True))
-        origin.restore_tokenizer(store)
-        return cls(store, RunConfig.from_dict(store.config))
+        with _closed_on_error(store):
+            origin.restore_tokenizer(store)
+            return cls(store, RunConfig.from_dict(store.config))
 
     @classmethod
     def attach(cls, path: str | os.PathLike) -> Attached | Run:
@@ -144,17 +168,20 @@ class Run(Timeline, Face):
     def apply(self, command: Command) -> None:
         """Carry out a command at a step boundary and write it down. For the session."""
         if command.kind == "checkpoint":
-            if self._trainer is None:
-                self.resume()
             return self._save(command.payload["name"])
         if command.kind == "look":  # somebody reads the state between two steps: nothing to write down
             return command.payload["look"](self._trainer)
         payload = dict(command.payload)
         step = payload.pop("at", self._step)
         if command.kind == "knob":
-            step = self._step + 1  # the first step that it can act on
+            # The first step that it can act on: one whose row is not on disk yet has been taken.
+            step = self._step + len(self._unwritten) + 1
             self._knobs.turn(payload, step)
         self.store.log_event(self._branch.id, step, command.kind, payload, asked=command.asked)
+
+    def needs_state(self, command: Command) -> bool:
+        """Whether a command has to wait until the state to train on is at hand. For the session."""
+        return command.kind == "checkpoint" and self._trainer is None
 
     def record_error(self, error: BaseException) -> None:
         """Write down what stopped training. For the session."""

@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from moe_core.checked import is_integer, plain
+from moe_core.store import StoreError
 from moe_core.trainer import MemoryLimitError, NonFiniteError
 
 BUSY = ("training", "pausing", "moving")  # moving: to another step or branch
@@ -66,6 +68,7 @@ class Session:
         self._queue: deque[Command] = deque()
         self._state = "idle"
         self._done = self._total = 0
+        self._stepping = False  # between the boundary before a step and the count of it
         self.chunk_start = run.current_step  # the step that the present chunk, or the last one, began after
         self._clock = 0.0
         self._error: BaseException | None = None
@@ -80,12 +83,14 @@ class Session:
 
     def start(self, n: int) -> None:
         """Train ``n`` optimizer steps more; returns at once. While a chunk's steps run, it grows by ``n``."""
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
+        if not is_integer(n := plain(n), 1):
+            raise ValueError(f"n = {n!r}: must be an integer, at least 1")
         with self._changed:
             self._changed.wait_for(lambda: self._state != "moving")
             self._refuse_closed()
             if self._state in BUSY:
+                if self._state == "pausing":  # what was left is dropped, but for the step that is being taken
+                    self._total = self._done + self._stepping
                 self._total += n
                 self._state = "training"
             else:
@@ -129,8 +134,12 @@ class Session:
         """Have ``command`` applied at the next step boundary; at once when nothing trains."""
         with self._changed:
             self._queue.append(command)
-            if self._state not in BUSY:
-                self._drain()
+            if self._state in BUSY:
+                return
+            if not self._run.needs_state(command):
+                return self._drain()
+            self._launch("moving", lambda: (self._run.resume(), self._rest("idle")))
+        self.wait()  # outside of the lock: to get there may take steps
 
     def pending(self) -> list[Command]:
         """What was posted and is not applied yet, oldest first."""
@@ -186,6 +195,7 @@ class Session:
                 self._run.advance(more=self._another())
                 with self._changed:
                     self._done += 1
+                    self._stepping = False
                     self._changed.notify_all()
             self._run.end_chunk()
             with self._changed:
@@ -203,19 +213,25 @@ class Session:
     def _boundary(self) -> bool:
         """Apply what was posted; True if one more step is wanted, or is under way already."""
         with self._changed:
-            if self._run.under_way:
-                return True
-            self._drain()
-            return self._state == "training" and self._done < self._total
+            if not self._run.under_way:
+                self._drain()
+            self._stepping = self._run.under_way or (self._state == "training" and self._done < self._total)
+            return self._stepping
 
     def _rest(self, state: str, error: BaseException | None = None) -> None:
         with self._changed:
-            self._state, self._error = state, error
+            self._state, self._error, self._stepping = state, error, False
             self._changed.notify_all()
             if error is None:
                 self._drain()  # what was posted since the last boundary
 
     def _drain(self) -> None:
         while self._queue:
-            self._run.apply(self._queue[0])
-            self._queue.popleft()  # after it is on disk, so that a failed write loses no wish
+            try:
+                self._run.apply(self._queue[0])
+            except StoreError:  # a full disk, say: the wish stays, for the next boundary
+                raise
+            except Exception:  # it cannot be done, now or later, and must not stand in the way of the others
+                self._queue.popleft()
+                raise
+            self._queue.popleft()

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 
 from moe_core import origin, provenance
-from moe_core.ab import AB
+from moe_core.ab import AB, check_choices
+from moe_core.checked import plain
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import open_data
 from moe_core.history import other_shape
-from moe_core.knobs import Knobs, check_turn
+from moe_core.knobs import Knobs
 from moe_core.store import RunStore
 from moe_core.trainer import StepRecord, Trainer, resolve_device
 
@@ -92,17 +93,12 @@ class Timeline:
     def resume(self) -> None:
         """Make ready to train from the newest saved state of the current branch; training does it by itself.
 
-        Steps beyond that state stay on their branch; they are trained again on a new one, and this says so.
+        Rows, events and turns of steps beyond that state stay as they are. The steps are trained again, each with the
+        knobs that it had, which this says; it says too where they do not come out as before.
         """
-        trainer = self.history.restore(self._branch.id, self._step, self._build, print)
-        at, last = trainer.steps_done, self._step
-        if at < last:
-            old = self.branch
-            self._open_branch(self._branch.id, at, None)
-            print(f"{self.path}: saved up to step {at}; steps {at + 1} to {last} stay on branch {old!r} and are "
-                  f"trained again on {self.branch!r}")
-        self._knobs.replay(self.history.turns(self._branch.id))
-        self._trainer = trainer
+        off = self._reach(self._branch.id, self._step)
+        self._knobs.replay(self.history.turns(self._branch.id))  # those too that wait for the next step
+        self._tell_off(off)
 
     def rewind(self, step: int, name: str | None = None, wait: bool = True) -> None:
         """Go back to the state after ``step`` of the current line, exactly, and open a new branch there.
@@ -110,7 +106,8 @@ class Timeline:
         The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
         ``wait`` False returns while the session is still moving there.
         """
-        self._check_step(step)
+        step = self._check_step(step)
+        self._check_name(name)
         if name is not None and name in set(self.branches()["name"]):
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
         self._go_back(self._branch.id, step, name, wait)
@@ -124,27 +121,32 @@ class Timeline:
 
     def switch(self, branch: str, wait: bool = True) -> None:
         """Go to the end of another branch and make it the current one."""
-        target = self._branch_id(branch)
+        target = self._other_branch(branch)
 
         def go():
-            self._reach(target, self.store.last_step(target))
+            off = self._reach(target, self.store.last_step(target))
             self._stand_on(target)
+            self._tell_off(off)
         self._move(go, wait)
 
     def fork(self, path: str | os.PathLike, step: int | None = None, **changes):
         """The state after ``step`` (None: now) as a run of its own in ``path``, with the history up to there.
 
         ``changes``: fields of its config that are other than here, such as a smaller ``batch_size``, where this
-        one does not fit the device any more. What decides the state's shape or the data cannot be changed. It
-        remembers its parent: ``child.store.get_meta("parent")``. Raises ConfigError.
+        one does not fit the device any more. What decides the state's shape, the data or their order cannot be
+        changed, and a fork with changes cannot go back to before ``step``. It remembers its parent:
+        ``child.store.get_meta("parent")``. Raises ConfigError.
         """
-        step = self._step if step is None else step
-        self._check_step(step)
+        step = self._check_step(self._step if step is None else step)
+        changes = {name: plain(value) for name, value in changes.items()}
         config = self.config.replace(**changes)
-        if config.data != self.config.data or other_shape(self.config.to_dict(), config.to_dict()) is not None:
+        if ((config.data, config.seed) != (self.config.data, self.config.seed)
+                or other_shape(self.config.to_dict(), config.to_dict()) is not None):
             raise ConfigError(f"{', '.join(changes)}: a fork goes on with its parent's weights, optimizer and data; "
                               "only other fields can be changed")
-        parent = {"path": str(self.path.resolve())} | ({"changes": changes} if changes else {})
+        first = step if changes else self._first
+        parent = {"path": str(self.path.resolve())} | ({"changes": changes} if changes else {}) | (
+            {origin.FIRST: first} if first else {})
         RunStore.refuse_existing(path)
 
         def go():
@@ -163,9 +165,7 @@ class Timeline:
 
         Both see the same batches and the same random numbers. The run is left on B; ``keep("A")`` goes on from A.
         """
-        for choice in (a, b):
-            for name, value in choice.items():
-                check_turn(self.knobs[name].name, "hold", value)
+        steps = check_choices(self.knobs, a, b, steps)
         line, start = self._branch.id, self._step
         names = self._free_name(f"A-{start}"), self._free_name(f"B-{start}")
         for name, choice in zip(names, (a, b), strict=True):
@@ -180,13 +180,17 @@ class Timeline:
         the weights that it was made of, where it was).
 
         DataFrame, index metric: ``largest`` absolute difference from the rows, and the ``step`` of it. On a CPU
-        every one is 0; the run itself stays as it is.
+        every one is 0; the run itself stays as it is. Raises ValueError for a fork with changes.
         """
+        if self._first:
+            raise ValueError(f"replay: the steps up to {self._first} were taken by this run's parent with another "
+                             f"config; replay that: {self._parent['path']}")
+        upto = self._check_step(self._step if upto is None else upto, "upto")
         provenance.same_threads(self.store, resolve_device(self.config), print)
         fresh = origin.begun(build_trainer(self.config, Knobs(self.config, resolve_device(self.config)), print),
                              self.store)
         try:
-            return self.history.replay(self._branch.id, self._step if upto is None else upto, fresh)
+            return self.history.replay(self._branch.id, upto, fresh)
         finally:
             fresh.train.close()
 
@@ -197,24 +201,50 @@ class Timeline:
 
     def _go_back(self, line: int, step: int, name: str | None, wait: bool = True) -> None:
         def go():
-            self._reach(line, step)
+            off = self._reach(line, step)
             self._open_branch(line, step, name)
+            self._tell_off(off)
         self._move(go, wait)
 
-    def _reach(self, line: int, step: int) -> None:
-        """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand."""
+    @property
+    def _parent(self) -> dict:
+        return self.store.get_meta(origin.PARENT) or {}
+
+    @property
+    def _first(self) -> int:
+        """The first step whose state this run's config leads to, or goes on from; 0 but for a fork with changes."""
+        return self._parent.get(origin.FIRST, 0)
+
+    def _check_step(self, step: int, field: str = "step") -> int:
+        step = super()._check_step(step, field)
+        if step < self._first:
+            raise ValueError(f"{field} = {step}: must be at least {self._first}; what this fork changed was otherwise "
+                             f"before, so go back in its parent: {self._parent['path']}")
+        return step
+
+    def _reach(self, line: int, step: int) -> str:
+        """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand.
+
+        Returns what :meth:`History.retrace` says.
+        """
         if self._trainer is not None:
             self.end_chunk()
             self.history.snapshot(self._branch.id, self._trainer)
             self._trainer.train.close()
         self._trainer = None  # until it is whole again
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        trainer = self.history.restore(line, step, self._build, print)
+        trainer = self.history.restore(line, step, lambda: build_trainer(self.config, self._knobs, print), print)
+        if (at := trainer.steps_done) < step:
+            print(f"{self.path}: saved up to step {at}; what follows up to step {step} is trained again")
         off = self.history.retrace(line, trainer, step)
-        if off:
-            self.store.log_event(self._branch.id, self._step, "alert", {
-                "text": f"going back to step {step} did not repeat: {off}"})
         self._trainer = trainer
+        return off
+
+    def _tell_off(self, off: str) -> None:
+        if off:
+            text = f"steps trained again did not repeat: {off}"
+            self.store.log_event(self._branch.id, self._step, "alert", {"text": text})
+            print(f"{self.path}: {text}")
 
     def _open_branch(self, line: int, step: int, name: str | None) -> None:
         name = name or self._free_name(f"from-{step}")
@@ -239,12 +269,11 @@ class Timeline:
         try:
             saved = self.history.save(self._branch.id, self._trainer, name)
         except CheckpointError as error:
+            if name is not None:
+                raise  # a person asked for it, and is to know
             # A full disk must not stop a night of training: the run goes on, and says so.
             self.store.log_event(self._branch.id, self._step, "alert", {"text": str(error)})
             return
         self._save_s, self._unsaved_s = time.perf_counter() - started, 0.0
         if name is not None:
             self.store.log_event(self._branch.id, self._step, "checkpoint", {"name": name, "path": saved.path})
-
-    def _build(self) -> Trainer:
-        return origin.begun(build_trainer(self.config, self._knobs, print), self.store)

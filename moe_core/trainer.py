@@ -309,16 +309,28 @@ class Trainer:
             "noise": self.noise.get_state(), "labels": self.labels.get_state(), "train": self.train.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Become what :meth:`state_dict` was taken of: the same steps follow. A step under way is given up."""
+        """Become what :meth:`state_dict` was taken of: the same steps follow, under the rates of this trainer's own
+        config. A step under way is given up.
+        """
         self._ahead = None
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would share memory with the state
+        load_gathered(self.optimizer, state["optimizer"])
         self.knobs.load_state_dict(state["knobs"])
         self.noise.set_state(state["noise"].cpu())
         self.labels.set_state(state["labels"].cpu())
         self.train.load_state_dict(state["train"])
         self.steps_done, self.clipped, self.skipped = state["steps_done"], state["clipped"], state.get("skipped", 0)
         self.whole = True
+
+
+def load_gathered(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give an optimizer what a saved one had gathered. Rates, decay and the like stay its own: those of its config."""
+    groups = optimizer.state_dict()["param_groups"]
+    for own, then in zip(groups, saved["param_groups"], strict=True):
+        own.pop("update_size", None)
+        own |= {name: then[name] for name in ("update_size",) if name in then}
+    # A copy, or it would share memory with what was saved.
+    optimizer.load_state_dict({"state": copy.deepcopy(saved["state"]), "param_groups": groups})
 
 
 def _norm(grads: list[Tensor], device: torch.device) -> Tensor:

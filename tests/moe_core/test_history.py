@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -154,6 +155,63 @@ def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
     child.close()
 
 
+def test_a_fork_now_takes_the_turns_along_that_wait_for_the_next_step(tiny_run, tmp_path):
+    """A knob turned at the tip acts on the child's next step as on the parent's."""
+    run = tiny_run()
+    run.step(3)
+    run.knobs["router_temp"].hold(0.5)
+    child = run.fork(tmp_path / "child")
+    run.step(2), child.step(2)
+    assert rows(child).equals(rows(run)) and child.metrics()["router/temp"][4] == 0.5
+    child.close()
+
+
+def test_a_fork_has_the_rates_of_its_own_config(tiny_run, tmp_path):
+    """Its optimizer holds what the parent's had gathered, under the child's rates and decay."""
+    run = tiny_run(learning_rate=1e-2, min_lr=1e-2)
+    run.step(3)
+    child = run.fork(tmp_path / "child", learning_rate=1e-3, min_lr=1e-3, weight_decay=0.5)
+    child.step(1)
+    assert child.metrics()["lr/experts"][4] == child.metrics()["lr"][4] < 0.2 * run.metrics()["lr/experts"][3]
+    assert {group["weight_decay"] for group in child._trainer.optimizer.param_groups} == {0.0, 0.5}
+    child.close()
+
+
+def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tiny_run, tmp_path):
+    """What its config never led to is refused by name: earlier steps, a replay, another order of the data."""
+    run = tiny_run()
+    run.step(4)
+    with pytest.raises(mc.ConfigError, match="seed: a fork goes on with its parent's weights, optimizer and data"):
+        run.fork(tmp_path / "other", seed=run.config.seed + 1)
+    with pytest.raises(mc.ConfigError, match="balance: a fork goes on"):
+        run.fork(tmp_path / "other", balance="bias")
+    child = run.fork(tmp_path / "child", step=3, batch_size=2)
+    child.step(2)
+    with pytest.raises(ValueError, match=r"step = 2: must be at least 3; .* go back in its parent: .*run"):
+        child.rewind(2)
+    with pytest.raises(ValueError, match="replay: the steps up to 3 were taken by this run's parent"):
+        child.replay()
+    grandchild = child.fork(tmp_path / "grandchild")
+    with pytest.raises(ValueError, match="must be at least 3"):
+        grandchild.rewind(0)
+    after = rows(child)
+    child.rewind(3)
+    child.step(2)
+    assert rows(child).equals(after) and not (child.events()["kind"] == "alert").any()
+    child.close(), grandchild.close()
+
+
+def test_a_fork_does_without_a_knob_that_it_has_not(tiny_run, tmp_path):
+    """A run of limited capacity whose factor was turned goes on dropless."""
+    run = tiny_run(dropless=False, capacity_factor=1.0)
+    run.knobs["capacity_factor"].hold(2.0)
+    run.step(2)
+    child = run.fork(tmp_path / "child", dropless=True)
+    child.step(1)
+    assert "capacity_factor" not in child.knobs and child.metrics()["router/drop_frac_mean"][3] == 0.0
+    child.close()
+
+
 def test_a_fork_may_have_a_smaller_batch_and_goes_on_with_the_same_tokens(tiny_run, tmp_path):
     """Half the batch, twice accumulated: the next losses are the parent's to rounding. Another shape is refused."""
     parent = tiny_run(load_balance_alpha=0.0, router_noise_std_init=0.0)
@@ -251,23 +309,29 @@ def test_the_best_by_validation_is_kept(tiny_run):
 
 
 def test_after_a_crash_open_goes_on_from_the_last_whole_checkpoint(tiny_run, capsys):
-    """Steps beyond it stay on their branch; a checkpoint cut short is passed over, and both are said."""
-    run = tiny_run(save_interval=4)
-    run.step(11)
-    main = rows(run)
+    """To the numbers of a run that never stopped: rows, turns and notes beyond it stay, the steps are trained again
+    with the knobs that they had; that, and that a checkpoint cut short is passed over, is said.
+    """
+    run, whole = tiny_run(save_interval=4), tiny_run("whole")
+    for one in (run, whole):
+        one.step(9)
+        one.note("then a turn")
+        one.knobs["router_temp"].hold(1.9)
+        one.step(2)
+        one.knobs["router_noise_std"].hold(0.1)
+    whole.step(3)
+    main, events = rows(run), len(run.events())
     run._unsaved_s, run._save_s = 0.0, 1e9  # as if it was killed before it could save
     run.close()
     newest = run.path / max(run.store.__class__.open(run.path).checkpoints(), key=lambda c: c.step).path
     newest.write_bytes(newest.read_bytes()[:-100])
     again = mc.Run.open(run.path)
-    assert rows(again).equals(main)
+    assert rows(again).equals(main) and len(again.events()) == events
     again.step(3)
     said = capsys.readouterr().out
     assert "cut short" in said
-    assert "stay on branch 'main' and are trained again on 'from-" in said
-    assert rows(again, "main").equals(main)
-    n = min(len(rows(again)), 11)
-    assert rows(again)["train/loss"][:n].equals(main["train/loss"][:n])
+    assert re.search(r"saved up to step \d+; what follows up to step 11 is trained again", said)
+    assert again.branch == "main" and rows(again).equals(rows(whole)) and len(again.events()) == events
     again.close()
 
 

@@ -30,6 +30,16 @@ def test_a_ramp_moves_at_its_first_step_arrives_after_over_steps_and_stays():
     assert knob.at(9) == 1.0
 
 
+@pytest.mark.parametrize("iters", [0, 1, 5])
+def test_a_ramp_before_the_first_step_starts_where_the_schedule_does(iters):
+    """The schedule says nothing of a step 0: whatever its length, the ramp leaves from its value at step 1."""
+    knobs = Knobs(preset("nano", router_temp_init=3.0, router_temp_final=1.0, router_temp_anneal_iters=iters))
+    start = knobs["router_temp"].at(1)
+    knobs["router_temp"].turn("ramp", 2.0, 4, step=1)
+    ramp = [knobs["router_temp"].at(step) for step in range(1, 6)]
+    assert ramp == pytest.approx([start + (2.0 - start) * min(k, 4) / 4 for k in range(1, 6)])
+
+
 def test_what_holds_is_what_the_tensors_say():
     """read(step) puts into the 0-D tensors, in place, the very values that it returns."""
     knobs = Knobs(preset("nano"))
@@ -46,7 +56,7 @@ def test_a_model_has_only_the_knobs_that_act_on_it():
     assert list(Knobs(preset("dense-107m"))) == ["lr_scale", "grad_clip"]
     assert "capacity_factor" not in Knobs(preset("nano"))
     assert "capacity_factor" in Knobs(preset("nano", dropless=False))
-    with pytest.raises(KnobError, match="router_tmep: this run has no such knob; it has router_temp,"):
+    with pytest.raises(KnobError, match="router_tmep: unknown knob; this run's knobs are router_temp,"):
         Knobs(preset("nano"))["router_tmep"]
 
 
@@ -55,8 +65,8 @@ def test_a_model_has_only_the_knobs_that_act_on_it():
     (("router_temp", "hold", float("inf")), "router_temp = inf: must be a number from 0.01 to 100"),
     (("router_noise_std", "hold", -0.1), "router_noise_std = -0.1: must be a number from 0 to 100"),
     (("router_noise_std", "hold", "1"), "router_noise_std = '1': must be a number from 0 to 100"),
-    (("lr_scale", "ramp", 1.0, 0), "lr_scale: over = 0: must be a whole number of steps, at least 1"),
-    (("lr_scale", "ramp", 1.0), "lr_scale: over = None: must be a whole number of steps, at least 1"),
+    (("lr_scale", "ramp", 1.0, 0), "lr_scale: over = 0: must be an integer, at least 1"),
+    (("lr_scale", "ramp", 1.0), "lr_scale: over = None: must be an integer, at least 1"),
     (("lr_scale", "wobble", 1.0), "lr_scale: mode = 'wobble': must be 'follow', 'hold' or 'ramp'"),
     (("lr_scale", "follow", 1.0), "lr_scale: follow takes no value"),
 ])

@@ -12,6 +12,7 @@ import pytest
 
 import moe_core as mc
 from moe_core.session import Command
+from moe_core.store import StoreError
 
 
 def quiet(line):
@@ -104,6 +105,43 @@ def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_ru
         assert run.metrics()[name].equals(left_alone.metrics()[name])
 
 
+def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
+    """A pause drops what is left of its chunk, also where more is asked for before training has come to rest."""
+    run = tiny_run()
+    run.session.start(10_000)
+    deadline = time.monotonic() + 60
+    while run.current_step < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    run.session.pause()
+    seen = run.current_step
+    run.step(2)
+    assert seen + 2 <= run.current_step <= seen + 4 and run.session.state == "idle"
+
+
+def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run):
+    """It is refused, and what comes after it is applied."""
+    run = tiny_run()
+    with pytest.raises(mc.KnobError, match="typo"):
+        run.session.post(Command("knob", {"name": "typo", "mode": "hold", "value": 1.0}))
+    run.note("still here")
+    run.step(1)
+    assert run.session.pending() == [] and list(run.events()["kind"])[-1] == "note"
+
+
+def test_a_turn_acts_after_a_step_whose_row_waits_for_the_disk(tiny_run, monkeypatch):
+    """The step was taken already, so the event names the one after it."""
+    run = tiny_run()
+    run.step(2)
+    with monkeypatch.context() as patch, pytest.raises(StoreError):
+        patch.setattr(run.store, "log_step", lambda *row: (_ for _ in ()).throw(StoreError("disk is full")))
+        run.step(1)
+    run.knobs["router_temp"].hold(3.0)
+    run.step(2)
+    turn = run.events().query("kind == 'knob'").iloc[0]
+    assert turn.step == 4 and list(run.metrics()["router/temp"][[3, 4]] == 3.0) == [False, True]
+    assert (run.replay()["largest"] == 0).all()
+
+
 def test_chunks_asked_for_together_add_up(tiny_run):
     """n steps are n steps, whoever asked: a chunk of 20 in the background and a cell's 5 make 25."""
     run = tiny_run()
@@ -169,9 +207,16 @@ def test_a_run_that_turns_non_finite_pauses_by_itself(tiny_run):
 
 @pytest.mark.parametrize("turn, line", [
     (lambda run: run.knobs["router_temp"].hold(0), "router_temp = 0: must be a number from 0.01 to 100"),
-    (lambda run: run.knobs["lr_scale"].ramp(to=2, over=0), "lr_scale: over = 0: must be a whole number of steps"),
-    (lambda run: run.knobs["tempo"], "tempo: this run has no such knob; it has router_temp,"),
-    (lambda run: run.step(0), "n = 0: must be a whole number of steps, at least 1"),
+    (lambda run: run.knobs["lr_scale"].ramp(to=2, over=0), "lr_scale: over = 0: must be an integer"),
+    (lambda run: run.knobs["tempo"], "tempo: unknown knob; this run's knobs are router_temp,"),
+    (lambda run: run.rewind(0, name="  "), "name = '  ': must be text"),
+    (lambda run: run.rewind(0, name=5), "name = 5: must be text"),
+    (lambda run: run.switch(None), "branch = None: must be one of 'main'"),
+    (lambda run: run.replay(upto=1), "upto = 1: must be a step of this line, 0 to 0"),
+    (lambda run: run.replay(upto="a"), "upto = 'a': must be a step of this line, 0 to 0"),
+    (lambda run: run.ab(1, 2, 2), "a = 1: must be a dict"),
+    (lambda run: run.ab({}, {}, steps=0), "steps = 0: must be an integer, at least 1"),
+    (lambda run: run.step(0), "n = 0: must be an integer, at least 1"),
     (lambda run: run.note("  "), "text = '  ': a note must say something"),
     (lambda run: run.note("x", step=99), "step = 99: must be a step of this line, 0 to 0"),
     (lambda run: run.metrics(branch="b"), "branch = 'b': must be one of 'main'"),
@@ -181,7 +226,22 @@ def test_a_wrong_wish_is_refused_where_it_is_made_and_leaves_no_trace(tiny_run, 
     with pytest.raises((ValueError, RuntimeError)) as refused:
         turn(run)
     assert str(refused.value).startswith(line) and "\n" not in str(refused.value)
-    assert run.events().empty and run.session.pending() == []
+    assert run.events().empty and run.session.pending() == [] and list(run.branches()["name"]) == ["main"]
+
+
+def test_steps_and_values_may_be_numpys(tiny_run, tmp_path):
+    """A cell of run.metrics() is as good as a literal wherever a run takes a number."""
+    run = tiny_run()
+    run.step(np.int64(4))
+    run.note("here", step=run.metrics().index[1])
+    run.knobs["lr_scale"].ramp(to=np.float32(0.5), over=np.int16(2))
+    run.rewind(np.int64(3))
+    choice = run.ab({"lr_scale": np.float32(2.0)}, {}, steps=np.int64(1))
+    child = run.fork(tmp_path / "child", np.int64(3), grad_clip=np.float64(2.0))
+    child.close()
+    assert (run.current_step, choice.steps, child.config.optim.grad_clip) == (4, 1, 2.0)
+    assert (run.replay(upto=np.int32(2))["largest"] == 0).all()
+    assert run.events("main")["step"].tolist() == [2, 5]
 
 
 def test_a_bad_start_writes_nothing(tiny, tmp_path):
