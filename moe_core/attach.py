@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from moe_core import probe
+from moe_core.checked import is_integer, plain
 from moe_core.config import RunConfig
 from moe_core.face import Face
 from moe_core.history import turns
@@ -38,7 +39,7 @@ class Attached(Face):
         """For ``Run.attach``."""
         self.store, self.path = store, Path(store.path)
         self.config = RunConfig.from_dict(store.config)
-        self._knobs = Knobs(self.config)
+        self._as_turned = Knobs(self.config)
         self._looked, self._event = 0.0, -1
         self.session = _Remote(self)
         self._look()
@@ -49,7 +50,8 @@ class Attached(Face):
 
     def rewind(self, step: int, name: str | None = None, wait: bool = True) -> None:
         """Have the trainer go back to the state after ``step``, on a new branch, and rest there."""
-        self._check_step(step)
+        step = self._check_step(step)
+        self._check_name(name)
         self.session.ask("rewind", {"step": step, "name": name}, wait)
 
     def undo(self, wait: bool = True) -> None:
@@ -58,7 +60,7 @@ class Attached(Face):
 
     def switch(self, branch: str, wait: bool = True) -> None:
         """Have the trainer go to the end of another branch and make it the current one."""
-        self._branch_id(branch)
+        self._other_branch(branch)
         self.session.ask("switch", {"branch": branch}, wait)
 
     def __getattr__(self, name: str):
@@ -78,6 +80,11 @@ class Attached(Face):
         return self._last
 
     @property
+    def _knobs(self) -> Knobs:
+        self._look()
+        return self._as_turned
+
+    @property
     def _probed(self):
         return probe.Saved(self.store)  # the newest saved state stands for now
 
@@ -92,7 +99,7 @@ class Attached(Face):
         current, events = self.store.get_meta("branch", MAIN), self.store.last_event()
         if (current, events) != (getattr(self, "_on", None) and self._on.id, self._event):
             self._on = next(b for b in self.store.branches() if b.id == current)
-            self._knobs.replay(turns(self.store, current))
+            self._as_turned.replay(turns(self.store, current))
             self._event = events
         self._last = self.store.last_step(current)
         self._looked = time.monotonic()
@@ -121,8 +128,8 @@ class _Remote:
                              "goes on with it here")
 
     def start(self, n: int) -> None:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"n = {n!r}: must be a whole number of steps, at least 1")
+        if not is_integer(n := plain(n), 1):
+            raise ValueError(f"n = {n!r}: must be an integer, at least 1")
         self.ask("start", {"n": n}, wait=True)
 
     def pause(self) -> None:
@@ -135,7 +142,9 @@ class _Remote:
         return [Command(wish.kind, wish.payload, wish.asked) for wish in self._inbox.read(waiting=True)]
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing trains; False when ``timeout`` seconds pass first. Raises what stopped the training."""
+        """Wait until nothing trains; False when ``timeout`` seconds pass first. Raises what stopped the training, and
+        StoreError where the process that trained is gone before its chunk was done.
+        """
         end = None if timeout is None else time.monotonic() + timeout
         while (seen := self.progress()).state in BUSY:
             if end is not None and time.monotonic() >= end:
@@ -143,6 +152,11 @@ class _Remote:
             time.sleep(ANSWER)
         if seen.error:
             raise RuntimeError(seen.error)
+        told = self._run.store.get_meta(PROGRESS)
+        if (seen.state == "gone" and told and told["state"] in BUSY
+                and seen.step < told["chunk_start"] + told["chunk_total"]):
+            raise StoreError(f"{self._run.path}: no process trains this run any more; it stands at step {seen.step} "
+                             "and mc.Run.open goes on with it here")
         return True
 
     @property

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import math
+import numbers
+import sys
 import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import field, fields
 
+import numpy as np
+
 
 class ConfigError(ValueError):
     """A field that cannot be: one line with the field, the value and what would be right."""
+
+
+def plain(value):
+    """``value`` as Python's own bool, int or float where it is a number of another library, NumPy's say; else itself."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def is_integer(value, least: int, most: float = math.inf) -> bool:
+    """Whether ``value`` is an int from ``least`` to ``most``; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 _BOUNDS = (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
@@ -49,7 +67,7 @@ def _matches(value, hint) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in typing.get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -58,7 +76,7 @@ def _matches(value, hint) -> bool:
 def _spoken(hint) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_spoken(option) for option in typing.get_args(hint))
-    return {int: "a whole number", float: "a finite number", bool: "True or False", str: "text",
+    return {int: "an integer", float: "a finite number", bool: "True or False", str: "text",
             type(None): "None"}.get(hint, hint.__name__)
 
 
@@ -68,7 +86,8 @@ class Checked:
     def __post_init__(self):
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            value, bound = getattr(self, f.name), f.metadata
+            value, bound = plain(getattr(self, f.name)), f.metadata
+            object.__setattr__(self, f.name, value)
             if not _matches(value, hints[f.name]):
                 raise ConfigError(f"{f.name} = {value!r}: must be {_spoken(hints[f.name])}")
             if value is None or not bound:

@@ -142,7 +142,7 @@ def _converted(flag: Flag, typed: str, text: str) -> Any:
         if float in hints:
             return float(text)
     except ValueError:
-        raise ConfigError(f"{typed} = {text!r}: must be {'a whole' if int in hints else 'a'} number") from None
+        raise ConfigError(f"{typed} = {text!r}: must be {'an integer' if int in hints else 'a number'}") from None
     return ",".join(part.strip() for part in text.split(",")) if flag.field in ("opt_list", "mirrors") else text
 
 

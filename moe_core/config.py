@@ -248,7 +248,7 @@ class RunConfig(Checked):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     device: str = field_of("auto", "where it trains; auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
-    seed: int = field_of(1337, "of weights, data order and noise", ge=0)
+    seed: int = field_of(1337, "of weights, data order and noise", ge=0, le=2**63 - 4)
     eval_interval: int = field_of(200, "steps between validations; 0: never", ge=0)
     eval_iters: int = field_of(50, "batches in a validation", ge=1)
     save_interval: int = field_of(0, "steps between checkpoints; 0: only when training rests", ge=0)
@@ -281,6 +281,7 @@ class RunConfig(Checked):
         if self.compile and (obstacle := self.compile_obstacle):
             raise ConfigError(f"compile = True: must be False for {obstacle}")
         for name, known in (("mirrors", MIRRORS), ("opt_list", OPTIMIZERS)):
+            object.__setattr__(self, name, ",".join(one.strip() for one in getattr(self, name).split(",")))
             for one in filter(None, getattr(self, name).split(",")):
                 if one not in known:
                     raise ConfigError(f"{name} = {getattr(self, name)!r}: {one!r} must be one of {', '.join(known)}")

@@ -48,7 +48,7 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
     is read as its growth a step. Raises ValueError for a window of fewer than 20 steps.
     """
     if not isinstance(window, int) or isinstance(window, bool) or window < ENOUGH:
-        raise ValueError(f"window = {window!r}: must be a whole number of steps, at least {ENOUGH}")
+        raise ValueError(f"window = {window!r}: must be an integer, at least {ENOUGH}")
     turns = [event for event in store.read_events(branch) if event["kind"] == "knob"]
     rows, found = store.read_steps(branch, shares=False), []
     columns = _series(rows.names, rows.values)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from moe_core import effects, frames, generation, health, probe
+from moe_core.checked import is_integer, plain
 from moe_core.config import RunConfig
 from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.inspect import Inspection
@@ -46,6 +47,7 @@ class Face:
 
         An interrupt pauses at the next step boundary. Raises what training raised.
         """
+        n = plain(n)
         self.session.start(n)
         try:
             with _bar(n) as show:
@@ -68,14 +70,14 @@ class Face:
     @property
     def knobs(self) -> KnobHandles:
         """The run's knobs by name: ``run.knobs["router_temp"].hold(1.3)``."""
-        return KnobHandles((name, KnobHandle(self, knob)) for name, knob in self._knobs.items())
+        return KnobHandles((name, KnobHandle(self, name)) for name in self._knobs)
 
     def note(self, text: str, step: int | None = None) -> None:
         """Pin a note to ``step`` (default: the step that the run is at when it takes it)."""
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text = {text!r}: a note must say something")
         if step is not None:
-            self._check_step(step)
+            step = self._check_step(step)
         self.session.post(Command("note", {"text": text} if step is None else {"text": text, "at": step}))
 
     def checkpoint(self, name: str) -> None:
@@ -188,9 +190,23 @@ class Face:
             raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
         return known[name]
 
-    def _check_step(self, step: int) -> None:
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= self._step:
-            raise ValueError(f"step = {step!r}: must be a step of this line, 0 to {self._step}")
+    def _other_branch(self, name: str) -> int:
+        """The id of a branch that must be named."""
+        if name is None:
+            raise ValueError(f"branch = None: must be one of {', '.join(map(repr, self.branches()['name']))}")
+        return self._branch_id(name)
+
+    def _check_step(self, step: int, field: str = "step") -> int:
+        """``step`` as an int. Raises ValueError, which calls it ``field``."""
+        if not is_integer(step := plain(step), 0, self._step):
+            raise ValueError(f"{field} = {step!r}: must be a step of this line, 0 to {self._step}")
+        return step
+
+    @staticmethod
+    def _check_name(name: str | None) -> None:
+        """Raise ValueError for what cannot name a new branch; None stands for a name that is found for it."""
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            raise ValueError(f"name = {name!r}: must be text that names the new branch, or None")
 
 
 @contextlib.contextmanager

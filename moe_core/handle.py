@@ -5,15 +5,20 @@ Turning enqueues a command, which the run's session applies at the next step bou
 
 from __future__ import annotations
 
-from moe_core.knobs import Knob, KnobError, check_turn
+from moe_core.checked import plain
+from moe_core.knobs import Knob, check_turn, no_such_knob
 from moe_core.session import Command
 
 
 class KnobHandle:
-    """One knob of ``run``: ``knob`` as it stands, and the run to ask for a turn."""
+    """The knob ``name`` of ``run``, which is asked how it stands and for a turn of it."""
 
-    def __init__(self, run, knob: Knob):
-        self._run, self._knob, self.name = run, knob, knob.spec.name
+    def __init__(self, run, name: str):
+        self._run, self.name = run, name
+
+    @property
+    def _knob(self) -> Knob:
+        return self._run._knobs[self.name]
 
     @property
     def low(self) -> float:
@@ -78,8 +83,8 @@ class KnobHandle:
         self._post("ramp", value=to, over=over)
 
     def _post(self, mode: str, finding: str | None = None, **how) -> None:
+        how = {key: plain(value) for key, value in how.items()}
         check_turn(self.name, mode, **how)
-        how = {key: value if key == "over" else float(value) for key, value in how.items()}  # NumPy's too
         why = {} if finding is None else {"finding": finding}
         self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how, **why}))
 
@@ -92,7 +97,7 @@ class KnobHandles(dict[str, KnobHandle]):
     """The handles by name; a name that is none raises KnobError with those that are."""
 
     def __missing__(self, name: str):
-        raise KnobError(f"{name}: this run has no such knob; it has {', '.join(self)}")
+        raise no_such_knob(name, self)
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.values()))

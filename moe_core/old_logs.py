@@ -111,12 +111,12 @@ def _check(logs: list[Path], val_every, shift: int) -> None:
     every = val_every.values() if isinstance(val_every, Mapping) else [val_every]
     for one in every:
         if one is not None and (not isinstance(one, int) or isinstance(one, bool) or one < 1):
-            raise LogError(f"val_every = {val_every!r}: must be a whole number of steps, at least 1, or None")
+            raise LogError(f"val_every = {val_every!r}: must be an integer, at least 1, or None")
     for name in val_every if isinstance(val_every, Mapping) else ():
         if name not in OPTIMIZERS:
             raise LogError(f"val_every = {val_every!r}: {name!r} must be one of {', '.join(OPTIMIZERS)}")
     if not isinstance(shift, int) or isinstance(shift, bool):
-        raise LogError(f"shift = {shift!r}: must be a whole number of steps")
+        raise LogError(f"shift = {shift!r}: must be an integer")
 
 
 def _text(path: Path) -> str:

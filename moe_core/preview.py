@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_core.checked import plain
 from moe_core.config import RunConfig
-from moe_core.knobs import KnobError, check_turn
+from moe_core.knobs import KnobError, check_turn, no_such_knob
 from moe_core.metrics import Reading, pack, router_metrics
 from moe_core.model import Output, RouterControls, RouterStats, draw_noise
 from moe_core.model.router import route, routing_options
@@ -86,8 +87,8 @@ def preview(trainer: Trainer | None, config: RunConfig, turns: Mapping[str, floa
     then = dict(routed.values)
     for name, value in turns.items():
         if name not in then:
-            raise KnobError(f"{name}: this run has no such knob; it has {', '.join(then)}")
-        value = value.item() if isinstance(value, np.generic) else value  # as a cell of run.metrics() is
+            raise no_such_knob(name, then)
+        value = plain(value)
         check_turn(name, "hold", value)
         then[name] = float(value)
     vectors = _route_again(routed, [routed.values, then], config, trainer.device)

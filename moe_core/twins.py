@@ -64,7 +64,7 @@ def finer(config: RunConfig, times: int) -> RunConfig:
     if not model.n_experts:
         raise ConfigError("n_experts = 0: must be at least 1 for experts that are to be made finer")
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:
-        raise ConfigError(f"times = {times!r}: must be a whole number, at least 1")
+        raise ConfigError(f"times = {times!r}: must be an integer, at least 1")
     if model.ff_width % (8 * times):
         raise ConfigError(f"times = {times}: expert_width = {model.ff_width} must be a multiple of {8 * times}, so "
                           "that each part is a multiple of 8")

@@ -42,8 +42,8 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         else:
             size = np.dtype(data.token_dtype).itemsize
             if stat.st_size % size:
-                raise refused(f"{stat.st_size:,} bytes are no whole number of {data.token_dtype} tokens of {size}; "
-                              "is token_dtype right?")
+                raise refused(f"{stat.st_size:,} bytes are not a multiple of the {size} of a "
+                              f"{data.token_dtype}; is token_dtype right?")
             tokens = np.memmap(path, data.token_dtype, mode="r") if stat.st_size else np.empty(0, data.token_dtype)
     except DataError:
         raise
@@ -55,7 +55,7 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         reason = str(error).splitlines()[0]
         raise refused(f"is no .npy file of plain numbers ({reason})") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise refused(f"must be a 1-D array of whole numbers, token ids; it is {tokens.ndim}-D of {tokens.dtype}")
+        raise refused(f"must be a 1-D array of integers, token ids; it is {tokens.ndim}-D of {tokens.dtype}")
     if not len(tokens):
         raise refused("must hold token ids; it is empty")
     stamp = cache_root() / "stamps" / key_of("array", str(path), stat.st_size, stat.st_mtime_ns, str(tokens.dtype))

@@ -231,6 +231,8 @@ class Batches:
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int, pin: bool = False):
         self._windows = _windows(tokens, block_size)
+        if not len(self._windows):
+            raise DataError(f"block_size = {block_size}: must be less than the {len(tokens):,} training tokens")
         if len(self._windows) < batch_size:
             raise DataError(f"batch_size = {batch_size}: must be at most {len(self._windows):,}, the windows "
                             f"of block_size + 1 = {block_size + 1} in {len(tokens):,} training tokens")

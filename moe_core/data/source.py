@@ -78,6 +78,7 @@ def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     Settling twice changes nothing. Raises DataError.
     """
     _refuse_nameless(config.data)
+    _refuse_unread(config.data)
     return settled_vocabulary(config, say)
 
 
@@ -127,6 +128,18 @@ def _refuse_nameless(data: DataConfig) -> None:
     if kind_of(data) == "hub" and not data.tokenizer:
         raise DataError(f"dataset_name = {data.dataset_name!r}: there is no such file or folder here; as a data set of "
                         "the hub it is streamed, and needs a tokenizer by name (tokenizer = 'gpt2', say)")
+
+
+def _refuse_unread(data: DataConfig) -> None:
+    """Nothing that was asked of the data goes unread in silence."""
+    kind = kind_of(data)
+    for kinds, what, names in (("array", "an array", ("val_data",)),
+                               ("hub", "a data set on the hub", ("dataset_config", "split", "val_split"))):
+        for name in names:
+            value, default = getattr(data, name), getattr(DataConfig, name)
+            if kind != kinds and value != default:
+                raise DataError(f"{name} = {value!r}: must be {default!r} for dataset_name = {data.dataset_name!r}, which "
+                                f"is not {what}")
 
 
 def _streamed(config: RunConfig, tokenizer: Pretrained, pin: bool, say: Callable[[str], None]):

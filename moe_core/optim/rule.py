@@ -43,7 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eps": (lambda v: _is_number(v) and v > 0, "a number more than 0"),
     "rho": (lambda v: _is_number(v) and v > 0, "a number more than 0"),
     "bs": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
-           "the number of predictions averaged in a Hessian pass (batch x sequence), a whole number of at least 1"),
+           "the number of predictions averaged in a Hessian pass (batch x sequence), an integer, at least 1"),
 }
 
 

@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 def steps(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of steps, at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer, at least 1")
     return int(text)
 
 

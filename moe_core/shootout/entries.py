@@ -54,7 +54,7 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
 
 def whole(name: str, value) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} = {value!r}: must be a whole number, at least 1")
+        raise ConfigError(f"{name} = {value!r}: must be an integer, at least 1")
     return value
 
 

@@ -67,7 +67,7 @@ class Search:
         if not numbers or len(set(map(spell, numbers))) < len(self.multipliers):
             raise ConfigError(f"multipliers = {self.multipliers}: must be different numbers above 0, at least one")
         if not isinstance(self.steps, int) or self.steps < 1:
-            raise ConfigError(f"steps = {self.steps!r}: a search needs a whole number of steps, at least 1")
+            raise ConfigError(f"steps = {self.steps!r}: must be an integer, at least 1")
         if not isinstance(self.second, int | float) or not 0 < self.second < math.inf:
             raise ConfigError(f"second = {self.second!r}: must be a number above 0")
 

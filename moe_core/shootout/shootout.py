@@ -76,7 +76,7 @@ class Shootout:
         first = next(iter(made.values()))
         seeds = tuple(range(first.seed, first.seed + whole("seeds", seeds)) if isinstance(seeds, int) else seeds)
         if not seeds or len(set(seeds)) < len(seeds):
-            raise ConfigError(f"seeds = {list(seeds)}: must be different whole numbers, at least one")
+            raise ConfigError(f"seeds = {list(seeds)}: must be different integers, at least one")
         for seed in seeds:
             first.replace(seed=seed)  # refuses what is no seed
         if tune is not None and tune.seed is None:

@@ -63,6 +63,8 @@ def test_batches_refuse_what_cannot_fill_one_and_a_place_that_is_not_there():
     tokens = numbered(3, 6, rest=4)
     with pytest.raises(DataError, match=r"^batch_size = 4: must be at most 3, the windows .* 25 training"):
         Batches(tokens, 6, 4, 0)
+    with pytest.raises(DataError, match=r"^block_size = 25: must be less than the 25 training tokens"):
+        Batches(tokens, 25, 4, 0)
     with pytest.raises(DataError, match=r"^block_size = 25: must be less than the 25 validation tokens"):
         validation_batches(tokens, 25, 4, 1)
     for state in ({"epoch": 0, "index": 3}, {"epoch": -1, "index": 0}):

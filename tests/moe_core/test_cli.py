@@ -185,7 +185,7 @@ def test_an_old_log_is_listed_beside_the_runs(tmp_path, monkeypatch, capsys):
     ("train --resume nowhere", "nowhere: there is no such directory"), ("show nowhere", "nowhere: there is no such"),
     ("ls nowhere", "nowhere: there is no such directory"), ("trian", "argument COMMAND: invalid choice: 'trian'"),
     ("resume", "the following arguments are required: RUN; see moe resume --help"),
-    ("resume x --steps 0", "argument --steps: '0': must be a whole number of steps, at least 1"),
+    ("resume x --steps 0", "argument --steps: '0': must be an integer, at least 1"),
     ("import nowhere.log x", "nowhere.log"), ("export nowhere --csv x.parquet", "x.parquet: must end in .csv")])
 def test_what_cannot_be_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
     """No traceback, nothing written, the field or the flag named."""

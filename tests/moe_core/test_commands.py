@@ -209,7 +209,7 @@ def test_what_one_flag_implies_the_others_follow():
                                                     "--router-temp-init"),
     ("moe train --preset mini", "preset = 'mini': must be one of 'nano', 'moe-203m', 'moe-top2', 'dense-107m'"),
     ("launch_training.py --dim 0", "--dim: d_model = 0: must be at least 8"),
-    ("train_experimental.py --n_layer two", "--n_layer = 'two': must be a whole number"),
+    ("train_experimental.py --n_layer two", "--n_layer = 'two': must be an integer"),
     ("train_experimental.py --grad_clip", "--grad_clip: must be followed by a value"),
     ("train_experimental.py --n_layer 2 3", "--n_layer: takes one value; '3' was not expected after it"),
     ("train_experimental.py --qk_norm maybe", "--qk_norm: takes no value; 'maybe' was not expected after it"),

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from moe_core.cli import main
@@ -9,8 +10,11 @@ from moe_core.presets import preset
 
 REFUSED = [
     (dict(topk=2), "topk = 2: there is no such field; did you mean top_k?"),
-    (dict(n_layer="4"), "n_layer = '4': must be a whole number"),
-    (dict(n_layer=True), "n_layer = True: must be a whole number"),
+    (dict(n_layer="4"), "n_layer = '4': must be an integer"),
+    (dict(n_layer=True), "n_layer = True: must be an integer"),
+    (dict(n_layer=np.float64(2)), "n_layer = 2.0: must be an integer"),
+    (dict(learning_rate=10**400), f"learning_rate = {10**400}: must be a finite number"),
+    (dict(seed=2**64), f"seed = {2**64}: must be at most 92233720368547758"),
     (dict(learning_rate=float("nan")), "learning_rate = nan: must be a finite number"),
     (dict(router_noise_std_init=-1), "router_noise_std_init = -1: must be at least 0"),
     (dict(router_temp_init=0), "router_temp_init = 0: must be more than 0"),
@@ -43,6 +47,16 @@ def test_a_wrong_field_is_refused_in_one_line_that_names_it(fields, line):
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="preset = 'micro': must be one of 'nano', 'moe-203m', 'moe-top2', 'dense-"):
         preset("micro")
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    """Integers, floats and truth values, so that the config goes through JSON; blanks between mirrors go."""
+    config = preset("nano", n_layer=np.int64(3), learning_rate=np.float32(0.5), qk_norm=np.bool_(False),
+                    n_kv_heads=np.uint8(2), mirrors=" wandb, tensorboard")
+    values = config.model.n_layer, config.optim.learning_rate, config.model.qk_norm, config.model.n_kv_heads
+    assert [(type(value), value) for value in values] == [(int, 3), (float, 0.5), (bool, False), (int, 2)]
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.mirrors == "wandb,tensorboard"
 
 
 @pytest.mark.parametrize("name", ["nano", "moe-203m", "dense-107m"])

@@ -113,7 +113,7 @@ def test_a_run_tells_what_its_turn_brought_and_leaves_out_what_the_turn_set(tiny
     assert aux["from"] == pytest.approx(0.02)
     assert "router/load_balance_alpha" not in table.index and "router/temp" not in table.index
     assert table.loc["router/drop_frac_mean", "said"] == "constant"
-    with pytest.raises(ValueError, match="window = 3: must be a whole number of steps, at least 20"):
+    with pytest.raises(ValueError, match="window = 3: must be an integer, at least 20"):
         run.effects(window=3)
 
 

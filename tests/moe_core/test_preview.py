@@ -110,7 +110,7 @@ def test_what_cannot_be_asked_is_refused_with_a_reason(tiny_run):
     with pytest.raises(RuntimeError, match=r"run\.step"):
         run.preview(router_temp=1.0)
     run.step(1)
-    with pytest.raises(KnobError, match="capacity_factor: this run has no such knob; it has router_temp"):
+    with pytest.raises(KnobError, match="capacity_factor: unknown knob; this run's knobs are router_temp"):
         run.preview(capacity_factor=1.0)
     with pytest.raises(KnobError, match="router_temp = 0: must be a number from"):
         run.preview(router_temp=0)

@@ -292,7 +292,7 @@ def test_finer_experts_hold_and_meet_as_many_weights(changes, times):
 
 def test_what_cannot_be_made_finer_is_refused():
     for config, times, said in ((preset("nano"), 3, r"times = 3: expert_width = 352 must be a multiple of 24"),
-                                (preset("nano"), 0, "times = 0: must be a whole number"),
+                                (preset("nano"), 0, "times = 0: must be an integer"),
                                 (preset("dense-107m"), 2, "n_experts = 0: must be at least 1")):
         with pytest.raises(ConfigError, match=said):
             finer(config, times)
@@ -340,11 +340,11 @@ def test_a_schedule_stretched_keeps_its_shape():
 
 @pytest.mark.parametrize("more, says", [
     ({"optimizers": ["adam"]}, "optimizer = 'adam': must be one of adamw, muon_adamw, muon_sophia, sophia"),
-    ({"seeds": []}, r"seeds = \[\]: must be different whole numbers, at least one"),
+    ({"seeds": []}, r"seeds = \[\]: must be different integers, at least one"),
     ({"seeds": [1, 1]}, r"seeds = \[1, 1\]: must be different"),
-    ({"seeds": 0}, "seeds = 0: must be a whole number, at least 1"),
+    ({"seeds": 0}, "seeds = 0: must be an integer, at least 1"),
     ({"seeds": [-1]}, "seed = -1: must be at least 0"),
-    ({"steps": 0}, "steps = 0: must be a whole number, at least 1"),
+    ({"steps": 0}, "steps = 0: must be an integer, at least 1"),
     ({"peaks": {"adamw": {"learning_rate": 0.0}}}, "learning_rate = 0.0: must be more than 0"),
     ({"peaks": {"muon": {"muon_lr": 0.1}}}, "peaks = 'muon': must be one of adamw"),
     ({"peaks": {"adamw": {"sophia_k": 0}}}, "sophia_k = 0: must be at least 1"),

@@ -35,6 +35,16 @@ def test_a_folder_here_goes_before_the_hub(tmp_path, monkeypatch):
     assert kind_of(DataConfig("allenai/c4")) == "files"
 
 
+@pytest.mark.parametrize("field, value, name", [
+    ("val_data", "v.npy", "stdlib"), ("split", "foo", "stdlib"), ("dataset_config", "en", "a.npy"),
+    ("val_data", "v.npy", "c4")])
+def test_what_these_data_have_no_use_for_is_refused(field, value, name):
+    """A field that only another kind of data reads, where it was set: one line with the field and its default."""
+    config = preset("nano", dataset_name=name, tokenizer="gpt2").replace(**{field: value})
+    with pytest.raises(DataError, match=f"^{field} = '{value}': must be .* for dataset_name = '{name}', which is not"):
+        settled(config, quiet)
+
+
 def test_vocabulary_follows_the_tokenizer(tokenizer_folder):
     """Padded to 128 where nobody chose it or chose the tokenizer's own; kept where there is room; said; once."""
     for config in (preset("nano"), preset("moe-203m"), preset("nano", vocab_size=700)):
