@@ -244,7 +244,7 @@ def other_shape(there: Mapping, here: Mapping) -> str | None:
     """The first field for which a state of one config does not fit the other; None where it fits. Both as dicts."""
     def asks(field: str, value: Any) -> Any:
         return value in ("bias", "both") if field == "balance" else value  # a tensor, or none
-    return next((field for part, names in _SHAPES.items() for field, value in here[part].items()
+    return next((field for part, names in _SHAPES.items() for field, value in here.get(part, {}).items()
                  if field in names and asks(field, there[part].get(field, value)) != asks(field, value)), None)
 
 
