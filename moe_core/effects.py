@@ -60,8 +60,8 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
         here = {event["payload"]["name"]: event["payload"] for event in turns if event["step"] == step}
         shape = _done(rows.steps[inside], step, here.values())
         tested = _test({name: values[inside] for name, values in columns.items()}, rows.steps[inside], step, shape)
-        cut = [f"before: from step {first}, the turn before it"] * (k > 0 and first > step - window)
-        cut += [f"after: up to step {last}, the turn behind it"] * (last < step + window - 1)
+        cut = [f"before: from step {first}, the previous turn"] * (k > 0 and first > step - window)
+        cut += [f"after: up to step {last}, the next turn"] * (last < step + window - 1)
         for name, turn in here.items():
             others = [other for other in here if other != name]
             said = cut + [f"turned together with {', '.join(others)}"] * bool(others)

@@ -90,12 +90,12 @@ def test_windows_are_cut_at_the_neighbouring_turns_and_too_little_data_is_said(t
     with stored(tmp_path / "cut", steps, values, [51, 81, 91]) as store:
         table = effects(store, MAIN).set_index(["step", "metric"])
     first, last, sparse = table.loc[(51, "x0")], table.loc[(91, "x0")], table.loc[(51, "x1")]
-    assert first["said"] == "after: up to step 80, the turn behind it"
+    assert first["said"] == "after: up to step 80, the next turn"
     assert first["before"] == pytest.approx(values[:50, 0].mean(), rel=1e-5)
     assert first["after"] == pytest.approx(values[50:80, 0].mean(), rel=1e-5)
     assert isinstance(first["stands_out"], bool | np.bool_)
     assert last["stands_out"] is table["stands_out"].dtype.na_value and np.isnan(last["difference"])
-    assert last["said"] == ("before: from step 81, the turn before it; "
+    assert last["said"] == ("before: from step 81, the previous turn; "
                             "10 values before and 50 after: too few to tell, each needs 20")
     assert sparse["said"].endswith("2 values before and 1 after: too few to tell, each needs 20")
 
