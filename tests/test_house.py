@@ -2,11 +2,15 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import textwrap
 import tomllib
 from pathlib import Path
+
+from moe_core.presets import PRESETS
+from moe_core.run import _open_runs
 
 ROOT = Path(__file__).parents[1]
 GUESTS = {"pandas", "plotly", "ipywidgets", "anywidget", "IPython", "datasets", "transformers", "tokenizers", "tqdm",
@@ -71,3 +75,20 @@ def test_versions_are_said_once():
     assert "torch>=2.11,<2.14" in project["dependencies"]
     lines = [line.strip() for line in (ROOT / "environment.yml").read_text().splitlines()]
     assert "- -e .[lab]" in lines and not any("torch" in line or "jupyter" in line for line in lines)
+
+
+def test_the_python_of_the_readme_runs_in_its_order(tmp_path, monkeypatch, corpus):
+    """Block after block in one empty folder, on the small corpus, with "nano" made smaller still."""
+    small = dict(n_layer=2, d_model=32, n_head=2, expert_width=88, block_size=64, vocab_size=512, batch_size=4)
+    monkeypatch.setitem(PRESETS, "nano", PRESETS["nano"] | small | {"device": "cpu", "dataset_name": str(corpus)})
+    monkeypatch.chdir(tmp_path)
+    blocks, names = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S), {}
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+        made = {path.name for path in (tmp_path / "runs").iterdir()}
+        assert made == {"first", "sharper", "tuned", "dense", "moe", "plain"}
+        assert (tmp_path / "first.html").stat().st_size and (tmp_path / "exported" / "config.json").is_file()
+    finally:
+        for run in list(_open_runs.values()):
+            run.close()
