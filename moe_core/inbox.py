@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_core.storage.access import as_store_error, connect
+from moe_core.storage.access import StoreError, as_store_error, connect
 
 FILE = "inbox.sqlite"
+_DAMAGED = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)  # ERROR: it has no such table
 _TABLE = """CREATE TABLE IF NOT EXISTS wishes(
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, payload TEXT NOT NULL, asked REAL NOT NULL, answered REAL,
     refused TEXT)"""
@@ -55,6 +57,19 @@ class Inbox:
             rows = db.execute("SELECT id, kind, payload, asked, answered, refused FROM wishes WHERE id > ? "
                               f"{'AND answered IS NULL' if waiting else ''} ORDER BY id", (after,)).fetchall()
         return [Wish(i, kind, json.loads(payload), *rest) for i, kind, payload, *rest in rows]
+
+    def waiting(self) -> list[Wish]:
+        """The wishes without an answer, for who opens the run. A file that is no inbox is put aside, and said."""
+        try:
+            return self.read(waiting=True)
+        except (StoreError, ValueError, TypeError) as error:  # of the last two: a payload that is not JSON
+            code = getattr(error.__cause__, "sqlite_errorcode", None)
+            if isinstance(error, StoreError) and code not in _DAMAGED:  # another has it locked, say
+                raise
+            aside = self._file.with_name(f"{FILE}.damaged-{time.time_ns()}")
+            os.replace(self._file, aside)
+            print(f"{error}; no inbox of wishes, so it is put aside as {aside.name}")
+            return []
 
     def answer(self, wish: int, refused: str | None = None) -> None:
         """Done, or ``refused`` with a reason."""

@@ -27,7 +27,7 @@ class Porter:
         self._taken: dict[int, Callable[[], bool]] = {}  # wish -> whether it is done
         self._told: dict | None = None
         self._closed = threading.Event()
-        for wish in self._inbox.read(waiting=True):
+        for wish in self._inbox.waiting():
             self._inbox.answer(wish.id, "nobody trained the run any more when this was asked")
         self._tell(run)
         self._thread = threading.Thread(target=self._work, name="moe-porter", daemon=True)

@@ -110,6 +110,7 @@ class RunStore:
         path = Path(path)
         with as_store_error(path):
             access.check(path)
+            path = path.absolute()  # what is read and written later lies there wherever the process goes meanwhile
             if not write:
                 return cls(path)
             store = cls(path, access.take_lock(path))

@@ -126,10 +126,24 @@ def writer(path: Path) -> dict[str, Any] | None:
     lock = filelock.FileLock(path / LOCK, thread_local=False)
     try:
         lock.acquire(blocking=False)
-    except (filelock.Timeout, OSError):  # OSError: another user's, who is taken at his word
+    except filelock.Timeout:
         return _signed(path)
+    except OSError:  # not ours to write
+        return _signed(path) if _held(path / LOCK) else None
     lock.release()
     return None
+
+
+def _held(file: Path) -> bool:
+    """Whether a process holds the lock ``file``, which may be read and not written; True where that cannot be told."""
+    try:
+        import fcntl
+
+        with open(file, "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return True
+    return False
 
 
 def _signed(path: Path) -> dict[str, Any]:

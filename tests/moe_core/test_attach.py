@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from moe_core import KnobError, Run, StoreError
+from moe_core.inbox import Inbox
 
 TRAINER = """
 import json, sys, time
@@ -78,7 +80,7 @@ def test_a_wish_that_cannot_be_is_refused_here_or_there_in_one_line(trainer):
         run.rewind(99)
     with pytest.raises(StoreError, match="there is a branch of that name already"):
         run.rewind(1, "main")
-    with pytest.raises(StoreError, match="'dance': is nothing"):
+    with pytest.raises(StoreError, match="dance: unknown command; there are"):
         run.session.ask("dance", {}, wait=True)
     with pytest.raises(AttributeError, match="preview: is for the process that trains"):
         run.preview(router_temp=2.0)
@@ -103,6 +105,47 @@ def test_where_the_trainer_has_gone_a_wish_says_so_and_the_run_can_be_opened(tra
         opened.step(1)
         until(lambda: run.current_step == 4)
         assert Run.attach(path) is opened
+    finally:
+        opened.close()
+
+
+def test_a_chunk_whose_trainer_dies_is_not_done(trainer):
+    """kill -9 in mid-chunk: who waits for the steps is told that nobody trains any more, and where the run stands."""
+    process, path = trainer
+    run = Run.attach(path)
+    run.session.start(100_000)
+    process.kill()
+    process.wait()
+    for wait in (run.session.wait, lambda: run.session.wait(1.0)):
+        with pytest.raises(StoreError, match=f"trains this run any more; it stands at step {run.current_step}"):
+            wait()
+
+
+def test_a_knob_in_hand_says_what_it_is_now(trainer):
+    """Its mode, target and first step are looked up when they are read, and not as they were when it was taken."""
+    run = Run.attach(trainer[1])
+    knob = run.knobs["router_temp"]
+    knob.hold(0.7)
+    until(lambda: knob.mode == "hold")
+    assert (knob.target, knob.applied_at, knob.value) == (0.7, 4, 0.7)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"garbage " * 999),
+    lambda file: sqlite3.connect(file).executescript("UPDATE wishes SET payload = 'no json'"),
+], ids=["empty", "garbage", "no JSON"])
+def test_a_spoilt_inbox_is_an_empty_one(tiny_run, spoil):
+    """The run opens, with the old file beside it under another name, and what is asked from then on is heard."""
+    run = tiny_run()
+    run.close()
+    Inbox(run.path).post("note", {"text": "before"})
+    spoil(run.path / "inbox.sqlite")
+    spoilt = (run.path / "inbox.sqlite").read_bytes()
+    opened = Run.open(run.path)
+    try:
+        assert [file.read_bytes() for file in run.path.glob("inbox.sqlite.damaged-*")] == [spoilt]
+        Inbox(run.path).post("note", {"text": "after"})
+        until(lambda: "after" in opened.events()["text"].tolist())
     finally:
         opened.close()
 

@@ -229,6 +229,22 @@ def test_a_wrong_wish_is_refused_where_it_is_made_and_leaves_no_trace(tiny_run, 
     assert run.events().empty and run.session.pending() == [] and list(run.branches()["name"]) == ["main"]
 
 
+def test_a_run_stays_where_it_is_when_the_process_goes_elsewhere(tiny, tmp_path, monkeypatch):
+    """Made by a relative path, it trains, saves and is found again after chdir, and writes nothing there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    run = mc.Run.create("runs/first", tiny(), say=quiet)
+    monkeypatch.chdir(tmp_path / "other")
+    run.step(6)
+    run.checkpoint("x")
+    run.close()
+    assert list((tmp_path / "other").iterdir()) == []
+    again = mc.Run.open(tmp_path / "runs" / "first")
+    assert again is not run and again.current_step == 6
+    again.rewind(6)
+    again.close()
+
+
 def test_steps_and_values_may_be_numpys(tiny_run, tmp_path):
     """A cell of run.metrics() is as good as a literal wherever a run takes a number."""
     run = tiny_run()

@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_core.storage import access
 from moe_core.store import RunStore, StoreError
 
 # Opens the run for writing and logs steps until somebody ends it; says each step once it is logged.
@@ -251,14 +253,16 @@ def test_a_wrong_directory_is_one_line_and_nothing_is_written(tmp_path, make, ac
 
 
 def test_a_run_without_write_access_can_be_read_and_says_so_when_written():
-    """A directory of another user's: reading works, writing and making a run in it are one line each."""
+    """A directory of another user's: reading works, writing and making a run in it are one line each; whether
+    somebody writes it is told.
+    """
     folder = Path(tempfile.mkdtemp())  # not tmp_path, whose parents another user may not enter
     try:
         with RunStore.create(folder / "run", {"seed": 3}) as store:
             store.log_step(1, 1, 0.0, {"a": 0.5})
         for path, mode in ((folder, 0o555), (folder / "run", 0o555), (folder / "run" / "run.sqlite", 0o444)):
             path.chmod(mode)
-        before, (out, into) = tree(folder), os.pipe()
+        before, (out, into), (asked, ready), (held, hold) = tree(folder), os.pipe(), os.pipe(), os.pipe()
         if (pid := os.fork()) == 0:
             said = []
             try:
@@ -267,6 +271,10 @@ def test_a_run_without_write_access_can_be_read_and_says_so_when_written():
                     os.setuid(65534)
                 with RunStore.open(folder / "run") as reader:
                     said.append([reader.config["seed"], *reader.read_steps(1).values.tolist()])
+                said.append(access.writer(folder / "run"))
+                os.write(ready, b"?")
+                os.read(held, 1)
+                said.append(access.writer(folder / "run")["pid"])
                 for action in (lambda: RunStore.open(folder / "run", write=True),
                                lambda: RunStore.create(folder / "new", {})):
                     try:
@@ -279,10 +287,14 @@ def test_a_run_without_write_access_can_be_read_and_says_so_when_written():
                 os.write(into, json.dumps(said).encode())
                 os._exit(0)
         os.close(into)
+        os.read(asked, 1)
+        with open(folder / "run" / "writer.lock") as lock:  # as a writer does that was there before
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.write(hold, b"!")
+            os.waitpid(pid, 0)
         with open(out) as pipe:
             said = json.load(pipe)
-        os.waitpid(pid, 0)
-        assert said == [[3, [0.5]],
+        assert said == [[3, [0.5]], None, os.getpid(),
                         f"{folder}/run: no write access to {folder}/run; open it for reading",
                         f"{folder}/new: cannot be made, no write access to {folder}"]
         assert tree(folder) == before
