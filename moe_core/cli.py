@@ -22,7 +22,7 @@ from moe_core.trainer import NonFiniteError
 FAILED = (TrainingError, NonFiniteError)
 
 TRAIN = """
-The line may be one of the older scripts', pasted whole with its prompt and broken lines:
+The line may be a legacy training script's, pasted whole with its prompt and broken lines:
 
   moe train python train_experimental.py --device cuda --n_experts 8 --dropless --attn_gate sigmoid_head
   moe train --dataset c4 --layers 12 --opt-list adamw,muon_adamw --steps 500

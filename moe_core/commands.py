@@ -1,4 +1,4 @@
-"""The users' command lines as configs: three scripts' dialects (``moe_core.dialects.flags``), and this project's own.
+"""Command lines as configs: the dialects of three legacy training scripts (``moe_core.dialects``), and our own.
 
 Which dialect a line is written in: the script's name says it. Where that is absent or unknown: the dialect that knows
 the most of its flags; among equals the one that alone knows the most; then the one that writes flags as the line does,

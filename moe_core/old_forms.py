@@ -1,4 +1,4 @@
-"""The forms of the users' old logs: text in, drafts of runs out, and a tally of what was passed over.
+"""The forms of the legacy training scripts' logs: text in, drafts of runs out, and a tally of what was passed over.
 
 Three forms are known: the console lines of the MoE script, those of the dense script (several optimizers in one
 log), and W&B's CSV export. A number counts only where it is seen to be whole: what divides it from the next field

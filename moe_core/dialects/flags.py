@@ -1,4 +1,4 @@
-"""What each of the users' training scripts could say: its flags, the fields they mean, and its defaults.
+"""What each of the legacy training scripts could say: its flags, the fields they mean, and its defaults.
 
 A row names a flag (with underscores; dashes do as well), the field of the config that it sets, and the script's own
 default where that is known. A script's ``base`` is the rest: what its description says of the model that it trains.
@@ -99,7 +99,7 @@ EXPERIMENTAL = _dialect("train_experimental.py", False, RunConfig().replace(
     _same("keep_checkpoints", 3), _same("resume"), _same("auto_resume", False),
     _same("wandb_project", "moe-bf16-experiments_v2"), _same("wandb_run_name", None)])
 
-# The dense shoot-out. Of its defaults only the users' own line is known.
+# The dense shoot-out. Of its defaults only those of one known command line.
 DENSE = _dialect("train_dense_gpu.py", True, preset("dense-107m", router_optimizer="muon"), [
     Flag("dataset", "dataset_name", "allenai/c4", DATASETS, open=True), _same("dataset_config", "en"),
     _same("split", "train"), _same("val_split", "validation"), _same("tokenizer", "gpt2"),

@@ -1,4 +1,4 @@
-"""What headless training shows: the users' familiar lines on stdout, and one progress bar on a terminal.
+"""What headless training shows: the legacy training scripts' lines on stdout, and one progress bar on a terminal.
 
 The lines are made of rows that are on disk already. Those of a MoE model::
 

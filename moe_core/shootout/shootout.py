@@ -164,7 +164,7 @@ class Shootout:
               say: Callable[[str], None] = lambda line: None) -> bool:
         """Train what is not trained yet; True when all is. Called again after an interruption, it goes on.
 
-        ``progress`` hears several times a second where it is; ``say`` hears the users' console lines, and what
+        ``progress`` hears several times a second where it is; ``say`` hears the legacy scripts' console lines, and what
         preparing the data takes. A run that turns non-finite ends there, and the next one begins. One that somebody
         else pauses ends the call: False.
         """
@@ -308,7 +308,7 @@ def shootout_from(config: RunConfig, folder: str | os.PathLike, seeds: int | Seq
                   progress: Callable[[Standing], None] | None = None) -> Shootout:
     """What ``moe shootout`` does: train ``config.opt_list`` (empty: all) in ``folder``, or go on with what is there.
 
-    ``say`` hears the users' console lines, their summary and ours; the table goes to ``config.csv``. Raises
+    ``say`` hears the legacy scripts' console lines, their summary and ours; the table goes to ``config.csv``. Raises
     ConfigError where ``folder`` holds a shoot-out of something else.
     """
     optimizers = [name for name in config.opt_list.split(",") if name] or list(OPTIMIZERS)

@@ -1,4 +1,4 @@
-"""What a shoot-out says: its table, the spread over seeds, and the users' console lines."""
+"""What a shoot-out says: its table, the spread over seeds, and the legacy scripts' console lines."""
 
 from __future__ import annotations
 
@@ -156,11 +156,11 @@ def write_csv(frame, path: str | os.PathLike) -> None:
         draft.unlink(missing_ok=True)
 
 
-# ---- the users' console ----------------------------------------------------------------------------------
+# ---- the legacy scripts' console --------------------------------------------------------------------------
 
 
 def step_lines(name: str, rows, since: int, config: RunConfig) -> list[str]:
-    """The users' lines of the steps after ``since``: one every ``log_interval``, and one for each validation.
+    """The legacy scripts' lines of the steps after ``since``: one every ``log_interval``, and one for each validation.
 
     ``rows``: ``run.metrics()`` from the first step on, which the average is taken over.
     """
@@ -178,7 +178,7 @@ def step_lines(name: str, rows, since: int, config: RunConfig) -> list[str]:
 
 
 def summary_lines(frame, gpu: bool) -> list[str]:
-    """The users' summary of a :func:`table`, then what ours adds to it."""
+    """The legacy scripts' summary of a :func:`table`, then what ours adds to it."""
     baseline, width = frame.attrs["baseline"], max(12, *map(len, frame["optimizer"]))
     lines = [f"=== Summary ({'GPU' if gpu else 'CPU'}) ==="]
     for row in frame.to_dict("records"):

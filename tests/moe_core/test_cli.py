@@ -53,7 +53,7 @@ def metrics(path):
 
 
 def test_the_familiar_lines_to_the_letter():
-    """Each line of the old scripts, from a row that says what it says."""
+    """Each line of the legacy scripts, from a row that says what it says."""
     moe = preset("moe-203m")
     assert params_line(moe) == "Model params: 202,952,528 (202.95M)"
     row = {"train/loss": 5.88838, "lr": 3.208e-4, "router/max_frac_max": 0.191, "router/active_min": 8.0,

@@ -1,4 +1,4 @@
-"""The users' old command lines: every flag, both ways, in every form in which they are pasted."""
+"""The legacy scripts' command lines: every flag, both ways, in every form in which they are pasted."""
 
 import random
 import shlex
@@ -10,7 +10,7 @@ from moe_core.commands import parse, read, spell
 from moe_core.dialects.flags import DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH
 from moe_core.model import count_params
 
-# Every flag of the three scripts, with its default where the users' list gives one.
+# Every flag of the three scripts, with its default where one is known.
 OLD = {"train_experimental.py": """
     vocab_size 32768 n_layer 10 n_head 8 n_kv_heads none d_model 512 n_experts 4 block_size 2048 dropout 0 bias -
     capacity_factor 1.25 dropless + load_balance_alpha 0.05 router_z_loss_coef 0 attn_gate none use_rope +

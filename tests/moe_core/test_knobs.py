@@ -83,6 +83,6 @@ def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_its_floor():
 
 
 def test_the_rate_equals_the_users_log():
-    """iter 400 of their Experiment 1 printed lr 3.208e-04; their iter counts from 0."""
+    """Iteration 400 of a legacy log printed lr 3.208e-04; it counts from 0."""
     optim = preset("moe-203m").optim
     assert optim.learning_rate * lr_shape(optim, 401) == pytest.approx(3.208e-4, rel=1e-4)

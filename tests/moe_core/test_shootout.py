@@ -62,7 +62,7 @@ def test_every_optimizer_starts_from_the_same_weights_and_the_same_batch(four):
 
 
 def test_the_table_has_the_numbers_of_the_runs(four):
-    """Means and standard deviations over the seeds, of what run.metrics() says; the users' columns first."""
+    """Means and standard deviations over the seeds, of what run.metrics() says; the legacy columns first."""
     frame = four.summary().set_index("optimizer")
     assert tuple(frame.reset_index()) == COLUMNS and list(frame)[:3] == ["ms/it", "tok/s", "loss"]
     for label in FOUR:
@@ -82,7 +82,7 @@ def test_the_table_has_the_numbers_of_the_runs(four):
 
 
 def test_the_csv_is_the_table(four, tmp_path):
-    """The users' columns first, one row an entry, nothing else left in the folder."""
+    """The legacy script's columns first, one row an entry, nothing else left in the folder."""
     four.to_csv(tmp_path / "deep" / "table.csv")
     read = pd.read_csv(tmp_path / "deep" / "table.csv")
     assert list(read)[:4] == ["optimizer", "ms/it", "tok/s", "loss"] and tuple(read["optimizer"]) == FOUR
