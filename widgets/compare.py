@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,25 @@ def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[
         parts += [Heading("Overlaid", level), Pictures(tuple(
             Picture(key, figure, f"{title} of {', '.join(names)} over steps")
             for (key, figure), title in zip(drawn.items(), _titles(records), strict=True)))]
-    return [*parts, Heading("How their configs differ", level), *_differences(records, names)]
+    return [*parts, *_incomparable(records, names), Heading("How their configs differ", level),
+            *_differences(records, names)]
+
+
+def _incomparable(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    """What cannot be held against each other because it is counted in other units, if anything."""
+    known = [(code(name), record.config) for record, name in zip(records, names, strict=True)
+             if record.config is not None]
+    said = []
+    if len({config.model.vocab_size for _, config in known}) > 1:
+        sizes = ", ".join(f"{name} {config.model.vocab_size:,}" for name, config in known)
+        said.append(f"Their vocabularies differ ({sizes}), and with them what a token is: losses in nats per token "
+                    "cannot be compared.")
+    experts = [(name, config.model.n_experts) for name, config in known if config.model.n_experts]
+    if len({n for _, n in experts}) > 1:
+        sizes = ", ".join(f"{name} {n} (ln {n} = {math.log(n):.3f})" for name, n in experts)
+        said.append(f"Their numbers of experts differ: {sizes}. Router entropies, probabilities and shares are to be "
+                    "read against ln E and 1/E, not against each other.")
+    return [Text(" ".join(said))] if said else []
 
 
 def standing(records: Sequence[Record], names: Sequence[str]) -> Table:
@@ -169,5 +188,4 @@ def _best_validation(record: Record) -> str:
 
 
 def _worst(record: Record) -> str:
-    counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
-    return ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "none"
+    return ", ".join(f"{n} {level}" for level, n in record.counted().items()) or "none"

@@ -25,6 +25,7 @@ class Log:
     def __init__(self, lines: int = LINES):
         self.widget = ipw.HTML()
         self._lines: deque[str] = deque(maxlen=lines)
+        self._turned: dict[str, tuple[tuple, str, str]] = {}  # knob -> its last turn's place, line, and line if lost
         self._guard = threading.Lock()
         self._write([])
 
@@ -33,11 +34,25 @@ class Log:
         self._write([_line(text, error, time.time())])
 
     def write_events(self, events: list[dict]) -> None:
-        """Events as ``RunStore.read_events`` gives them: turns of knobs, notes, what stopped training."""
-        self._write([
-            _line(f"{say({**event, **event['payload']})} · {'applied at ' * (event['kind'] == 'knob')}"
-                  f"step {event['step']}", _is_wrong(event), event["applied"])
-            for event in sorted(events, key=lambda event: event["id"])])
+        """Events as ``RunStore.read_events`` gives them: turns of knobs, notes, what stopped training.
+
+        A turn whose knob is turned again before its step is said to be superseded.
+        """
+        lines = []
+        for event in sorted(events, key=lambda event: event["id"]):
+            said, step = say({**event, **event["payload"]}), f"step {event['step']}"
+            if event["kind"] == "knob":
+                place, name = (event["branch"], event["step"]), event["payload"]["name"]
+                line, lost = (_line(f"{said} · {words}", False, event["applied"])
+                              for words in (f"applied at {step}", f"superseded before {step}"))
+                if name in self._turned and self._turned[name][0] == place:
+                    self._replace(lines, *self._turned[name][1:])
+                self._turned[name] = place, line, lost
+                lines.append(line)
+            else:
+                here = "" if said.endswith(step) else f" · {step}"
+                lines.append(_line(f"{said}{here}", _is_wrong(event), event["applied"]))
+        self._write(lines)
 
     def guarded(self, handler: Callable) -> Callable:
         """``handler``, with what it raises written here: a refused value in its own words, and all else."""
@@ -49,6 +64,13 @@ class Log:
             except Exception as error:
                 self.write(f"{type(error).__name__}: {error}", error=True)
         return run
+
+    def _replace(self, newer: list[str], old: str, new: str) -> None:
+        """Say a line otherwise, wherever it is: among ``newer``, shown, or gone by now."""
+        with self._guard:
+            for lines in (newer, self._lines):
+                if old in lines:
+                    lines[lines.index(old)] = new
 
     def _write(self, lines: list[str]) -> None:
         with self._guard:

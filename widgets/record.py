@@ -6,6 +6,7 @@ n steps, L layers, E experts, K picks of a token.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moe_core import health
+from moe_core import health, origin
 from moe_core.config import ConfigError, RunConfig
 from moe_core.effects import COLUMNS, between, effects
 from moe_core.health import Finding
@@ -21,16 +22,20 @@ from moe_core.knobs import Knobs
 from moe_core.provenance import META
 from moe_core.store import MAIN, Branch, RunStore, StoreError
 from widgets.marks import Marks
+from widgets.others import other_branches
 from widgets.series import Shares
 
 LEAST = 20  # steps that two branches must have of their own to be compared
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but the spaces and ends of lines
 
 
 @dataclass(frozen=True)
 class Record:
     """One branch of a run, as it was when it was read. ``config`` is None for an imported run.
 
-    ``metrics``: per layer too, index step. ``shares_n2LE``: demand and served. ``events``: as of the store.
+    ``metrics``: per layer too, index step. ``shares_n2LE``: demand and served. ``events``: as of the store;
+    ``elsewhere``: those of the other branches, each under the branch that it happened on. ``others``: the other
+    branches' own rows, for grey lines. ``fresh``: whether it began with weights of its own.
     ``partings``: (other branch, last common step, last step compared, :func:`moe_core.effects.between`).
     """
 
@@ -50,6 +55,9 @@ class Record:
     effects: pd.DataFrame
     knobs: dict[str, float] = field(default_factory=dict)
     partings: tuple[tuple[str, int, int, pd.DataFrame], ...] = ()
+    elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    others: dict[str, pd.DataFrame] = field(default_factory=dict)
+    fresh: bool = True
 
     @classmethod
     def read(cls, source, branch: str | None = None, told: bool = True) -> Record:
@@ -82,7 +90,9 @@ class Record:
             parent=store.get_meta("parent"),
             findings=_findings(store, at, last, knobs, config, metrics), knobs=knobs,
             effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
-            partings=tuple(_partings(store, at, branches)) if told else ())
+            partings=tuple(_partings(store, at, branches)) if told else (),
+            elsewhere=_elsewhere(store, branches, events), others=other_branches(store, at, list(metrics)),
+            fresh=not (path / origin.STATE).exists())
 
     @property
     def last_step(self) -> int:
@@ -101,6 +111,20 @@ class Record:
     def routed(self) -> bool:
         """Whether a router chooses at all."""
         return self.n_experts > self.top_k
+
+    @property
+    def asking(self) -> list[list[Finding]]:
+        """The findings that are not fine, those of one rule together and its worst first, as the panel lists them."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            if finding.level != "ok":
+                groups.setdefault(finding.rule, []).append(finding)
+        return list(groups.values())
+
+    def counted(self) -> dict[str, int]:
+        """How many rules are at each level, the worst level first; those that none is at are left out."""
+        levels = [same[0].level for same in self.asking]
+        return {level: levels.count(level) for level in ("alarm", "watch") if level in levels}
 
     @property
     def marks(self) -> Marks:
@@ -127,12 +151,22 @@ class Record:
 
 
 def _whole(said):
-    """The same, without half characters: JSON can hold what no file of text can."""
+    """The same, without half characters and control characters: JSON can hold what no file of text can."""
     if isinstance(said, str):
-        return said.encode(errors="replace").decode()
+        return _CONTROL.sub("", said.encode(errors="replace").decode())
     if isinstance(said, dict):
         return {key: _whole(value) for key, value in said.items()}
     return [_whole(one) for one in said] if isinstance(said, list) else said
+
+
+def _elsewhere(store: RunStore, branches: list[Branch], told: list[dict]) -> dict[str, list[dict]]:
+    """Branch name -> the events that happened on it and are not ``told`` yet; without the branches that have none."""
+    known, found = {event["id"] for event in told}, {}
+    for branch in branches:
+        for event in store.read_events(branch.id):
+            if event["id"] not in known and event["branch"] == branch.name:
+                found.setdefault(branch.name, []).append(_whole(event))
+    return found
 
 
 def _config(raw: dict) -> RunConfig | None:

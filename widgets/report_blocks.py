@@ -18,7 +18,7 @@ _CODE = re.compile(r"`([^`]+)`|((?:train|val|router|grad|perf|lr|update|optim)/[
                    rf"\b(?:{'|'.join(KNOBS)})\b)")
 
 
-_BREAKS = re.compile(r"[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+")  # all that ends a line somewhere
+_BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # all that ends a line somewhere, and all control characters
 
 
 @dataclass(frozen=True)

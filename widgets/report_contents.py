@@ -12,7 +12,7 @@ import pandas as pd
 from moe_core import gates
 from moe_core.inspect import Inspection
 from widgets import compare, report_specialisation
-from widgets.marks import say
+from widgets.marks import KEY, say, superseded
 from widgets.record import Record
 from widgets.report_blocks import (
     Block,
@@ -32,14 +32,16 @@ from widgets.report_blocks import (
 )
 from widgets.report_figures import ALTS, draw
 from widgets.report_setup import reproduce, setup
-from widgets.report_words import assessment, is_expert, observations, span
+from widgets.report_words import and_others, assessment, is_expert, observations, span
 
 BOOKKEEPING = ("mirror",)  # kinds of event that say nothing of the experiment
 LEVEL_OF = {gates.PASSED: "ok", gates.FAILED: "alarm", gates.NOT_REACHED: "none"}
 HOW_TOLD = (
     "Each turn of a knob stands at the first step that it acted on, with the metrics in which it stands out from the "
     "noise: an interrupted time series over 50 steps on either side, a smooth trend and autocorrelated noise taken "
-    "into account, Holm's method over all metrics of a turn.")
+    "into account, Holm's method over all metrics of a turn. What was turned at one step is told together. Intervals "
+    "are at 95 %, widened by Holm's method.")
+INTERVAL = "95 % interval (Holm)"
 SNAPSHOT = ("train/loss", "train/ce", "val/loss", "val/loss_with_aux", "router/entropy_mean", "router/top1_p_mean",
             "router/max_frac_mean", "router/max_frac_max", "router/active_min", "router/aux_mean", "router/z_mean",
             "router/drop_frac_mean", "grad/norm", "router/temp", "router/noise_std", "router/load_balance_alpha",
@@ -72,9 +74,9 @@ def _tiles(record: Record, answers: Sequence[gates.Answer]) -> Tiles:
         tiles.append(("router entropy", number(entropy, 3),
                       f"{entropy / math.log(record.n_experts):.2f} of ln {record.n_experts}", "none"))
     if record.config is not None:
-        counts = {level: sum(f.level == level for f in record.findings) for level in ("alarm", "watch")}
-        worst = next((level for level, n in counts.items() if n), "ok")
-        said = ", ".join(f"{n} {level}" for level, n in counts.items() if n) or "nothing to act on"
+        counts = record.counted()
+        worst = next(iter(counts), "ok")
+        said = ", ".join(f"{n} {level}" for level, n in counts.items()) or "nothing to act on"
         tiles.append(("health", worst, said, worst))
     if answers:
         counts = {state: sum(answer.state == state for answer in answers) for state in LEVEL_OF}
@@ -118,7 +120,9 @@ def _observations(record: Record) -> list[Block]:
     drawn = draw(record)
     pictures = tuple(Picture(name, drawn[name], ALTS[name], wide=name == "experts") for name in drawn)
     table = observations(record)
-    return [Heading("Observations"), *([table] if table.rows else []), *([Pictures(pictures)] if pictures else [])]
+    key = [Text(f"{KEY}.")] if pictures and record.marks.steps else []
+    return [Heading("Observations"), *([table] if table.rows else []), *key,
+            *([Pictures(pictures)] if pictures else [])]
 
 
 def _assessment(record: Record) -> list[Block]:
@@ -134,29 +138,41 @@ def _timeline(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Timeline")]
     if not record.events:
         return [*parts, Text("No knob was turned, nothing was noted.")]
-    last_turn = {event["step"]: event["id"] for event in record.events if event["kind"] == "knob"}
-    if last_turn:
+    if any(event["kind"] == "knob" for event in record.events):
         parts.append(Text(HOW_TOLD))
-    for event in record.events:
-        kind, step, payload = event["kind"], event["step"], event["payload"]
+    return parts + _entries(record.events, record.effects)
+
+
+def _entries(events: Sequence[dict], effects: pd.DataFrame | None = None) -> list[Block]:
+    """An entry for each event, but one for all turns at a step, with what they brought where ``effects`` tell."""
+    parts: list[Block] = []
+    events = [{**event["payload"], **event} for event in events]
+    turns: dict[int, list[str]] = {}
+    for event, lost in zip(events, superseded(events), strict=True):
+        if event["kind"] == "knob":
+            turns.setdefault(event["step"], []).append(say(event | {"superseded": lost}))
+    for event in events:
+        kind, at = event["kind"], f"step {event['step']:,}"
         if kind == "note":
-            parts.append(Entry(f"step {step:,}", kind, "Note", (Note(str(payload.get("text", ""))),)))
-        elif kind == "knob":  # what several turns at one step brought stands behind the last of them
-            told = last_turn[step] == event["id"]
-            parts.append(Entry(f"step {step:,}", kind, say({**event, **payload}),
-                               tuple(effect_blocks(record.effects, step)) if told else ()))
+            parts.append(Entry(at, kind, "Note", (Note(str(event.get("text", ""))),)))
+        elif kind == "knob":
+            if said := turns.pop(event["step"], None):
+                brought = () if effects is None else tuple(effect_blocks(effects, event["step"]))
+                parts.append(Entry(at, kind, "; ".join(said), brought))
         elif kind == "finding":  # it came, at its level, or it went
-            level = payload.get("level", "watch") if payload.get("state") == "here" else "ok"
-            parts.append(Entry(f"step {step:,}", level, say({**event, **payload})))
+            parts.append(Entry(at, event.get("level", "watch") if event.get("state") == "here" else "ok", say(event)))
         elif kind not in BOOKKEEPING:
-            parts.append(Entry(f"step {step:,}", kind, _happened(event)))
+            parts.append(Entry(at, kind, _happened(event)))
     return parts
 
 
 def _happened(event: dict) -> str:
-    said = next((event["payload"][key] for key in ("text", "name") if event["payload"].get(key)), None)
-    kind = str(event["kind"]).capitalize()
-    return kind if said is None else f"{kind}: {code(said)}"
+    """As the panel says it; what a person named, in a branch's or a checkpoint's name, is code."""
+    if event["kind"] == "branch":
+        return f"Branch {code(event['branch'])}, from step {event['step']:,}"
+    if event["kind"] == "checkpoint" and event.get("name") not in (None, "", f"step {event['step']}"):
+        return f"Checkpoint: {code(event['name'])}"
+    return say(event)
 
 
 def effect_blocks(effects: pd.DataFrame, step: int) -> list[Block]:
@@ -166,7 +182,7 @@ def effect_blocks(effects: pd.DataFrame, step: int) -> list[Block]:
     here = _once(here)
     tested = here[here["stands_out"].notna() & ~here["said"].str.endswith("constant")]
     cut = sorted({part for said in here["said"] for part in said.split("; ")
-                  if part.startswith(("before:", "after:", "turned"))})
+                  if part.startswith(("before:", "after:"))})
     ends = f" ({'; '.join(cut)})" if cut else ""
     if not len(tested):
         return [Text(f"Too few steps on one side to tell what it brought{ends}.")]
@@ -176,7 +192,7 @@ def effect_blocks(effects: pd.DataFrame, step: int) -> list[Block]:
     rows = tuple((row["metric"], number(row["before"]), number(row["after"]), _signed(row["difference"]),
                   f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
     return [Text(f"{len(found)} of {len(tested)} metrics {'stands' if len(found) == 1 else 'stand'} out{ends}."),
-            Table(("metric", "mean before", "mean after", "change beside the trend", "interval"), rows, (1, 2, 3, 4))]
+            Table(("metric", "mean before", "mean after", "change beside the trend", INTERVAL), rows, (1, 2, 3, 4))]
 
 
 def _once(rows: pd.DataFrame) -> pd.DataFrame:
@@ -197,16 +213,17 @@ def _signed(value: float) -> str:
 
 def _recommendations(record: Record) -> list[Block]:
     parts: list[Block] = [Heading("Recommendations")]
-    asking = [finding for finding in record.findings if finding.levers]
+    asking = [same for same in record.asking if same[0].levers]
     if not asking:
         return [*parts, Text("No finding asks for a turn." if record.config is not None else
                              "The log does not say how many experts there are, so that no range was judged.")]
-    for finding in asking:
+    for same in asking:
+        finding = same[0]
         undo = dict.fromkeys(lever.undo for lever in finding.levers)
         turns = tuple(f"{' or '.join(f'`{lever.text}`' for lever in finding.levers if lever.undo == when)}; "
                       f"watch {finding.metric}; undo: {when}" for when in undo)
-        parts.append(Entry(span(finding), finding.level, f"{finding.level.capitalize()}: {finding.text}",
-                           (Bullets(turns),)))
+        parts.append(Entry(span(finding), finding.level,
+                           f"{finding.level.capitalize()}: {finding.text}{and_others(same[1:])}", (Bullets(turns),)))
     return parts
 
 
@@ -226,12 +243,17 @@ def _comparison(record: Record, baselines: Sequence[Record]) -> list[Block]:
     parts: list[Block] = []
     if len(record.branches) > 1:
         names = {branch.id: branch.name for branch in record.branches}
-        rows = tuple((code(b.name), code(names[b.parent]) if b.parent else "", str(b.fork_step or ""),
+        rows = tuple((code(b.name), code(names[b.parent]) if b.parent else "",
+                      "" if b.fork_step is None else f"{b.fork_step:,}",
                       f"{record.last_steps[b.name]:,}", "this one" if b.name == record.branch else "")
                      for b in record.branches)
         parts += [Heading("Branches", 3), Table(("branch", "from", "at step", "last step", ""), rows, (2, 3))]
-        for name, common, upto, table in record.partings:
-            parts += _parting(record, name, common, upto, table)
+        partings = {name: parting for name, *parting in record.partings}
+        for branch in record.branches:
+            if said := record.elsewhere.get(branch.name):
+                parts += [Text(f"What was done on {code(branch.name)} alone:"), *_entries(said)]
+            if branch.name in partings:
+                parts += _parting(record, branch.name, *partings[branch.name])
     if baselines:
         both = [record, *baselines]
         parts += compare.blocks(both, compare.labels(both), level=3)
@@ -242,10 +264,12 @@ def _parting(record: Record, name: str, common: int, upto: int, table: pd.DataFr
     table = table.assign(after=table["b"])
     table = _once(table)
     found = table[table["stands_out"].fillna(False).astype(bool)]
-    tested = int(table["stands_out"].notna().sum())
-    said = (f"Over steps {common + 1} to {upto}, on the same batches, {len(found)} of {tested} metrics of "
+    tested, steps = int(table["stands_out"].notna().sum()), f"Over steps {common + 1} to {upto}"
+    if not len(table):
+        return [Text(f"{steps} {code(name)} and {code(record.branch)} are identical in every metric.")]
+    said = (f"{steps}, on the same batches, {len(found)} of {tested} metrics of "
             f"{code(name)} stand out from {code(record.branch)}, step by step.")
     rows = tuple((row["metric"], number(row["a"]), number(row["b"]), _signed(row["difference"]),
                   f"{_signed(row['low'])} to {_signed(row['high'])}") for _, row in found.iterrows())
-    head = ("metric", code(record.branch), code(name), "difference", "interval")
+    head = ("metric", code(record.branch), code(name), "difference", INTERVAL)
     return [Text(said), *([Table(head, rows, (1, 2, 3, 4))] if rows else [])]

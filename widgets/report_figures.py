@@ -19,15 +19,15 @@ ALTS = {"loss": "Train and validation loss over steps", "experts": "Each expert'
 
 def draw(record: Record) -> dict[str, go.Figure]:
     """Every figure that the run has data for: experts, loss, router, load, biases, gradient, utilisation, layers."""
-    metrics, shares, marks = record.metrics, record.shares(), record.marks
+    metrics, shares, marks, others = record.metrics, record.shares(), record.marks, record.others
     drawn = {}
     if shares is not None:
         drawn["experts"] = charts.expert_lines(shares, top_k=record.top_k)
     if "train/loss" in metrics or "val/loss" in metrics:
-        drawn["loss"] = charts.loss(metrics)
+        drawn["loss"] = charts.loss(metrics, others=others)
     if shares is not None:
-        drawn |= {"router": charts.confidence(metrics, record.n_experts, top_k=record.top_k),
-                  "load": charts.concentration(metrics, record.n_experts, top_k=record.top_k)}
+        drawn |= {"router": charts.confidence(metrics, record.n_experts, others=others, top_k=record.top_k),
+                  "load": charts.concentration(metrics, record.n_experts, others=others, top_k=record.top_k)}
     if shares is not None and "router/bias_max" in metrics:
         drawn["biases"] = charts.biases(metrics, record.n_experts)
     if "grad/norm" in metrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Callable
 from urllib.parse import quote
@@ -85,8 +84,11 @@ def inline(text: str, cell: bool = False) -> str:
 
 
 def _code(part: str, cell: bool) -> str:
-    # A bar ends a table's cell even in code; as HTML it does not.
-    return f"<code>{html.escape(part).replace('|', '&#124;')}</code>" if cell and "|" in part else f"`{part}`"
+    # A bar ends a table's cell even in code, and a tag in code is one to readers that look for tags first; as an
+    # entity neither is, nor any other sign.
+    if "<" in part or (cell and "|" in part):
+        return f"<code>{re.sub(r'[^A-Za-z0-9 .-]', lambda sign: f'&#{ord(sign[0])};', part)}</code>"
+    return f"`{part}`"
 
 
 def _escaped(text: str) -> str:

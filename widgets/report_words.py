@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from moe_core.health import healthy_band
+from moe_core.health import Finding, healthy_band
 from moe_core.rules import WINDOW, change
 from widgets.record import Record
 from widgets.report_blocks import Spark, Table, number
@@ -124,15 +125,23 @@ def assessment(record: Record) -> list[tuple[str, str, tuple[str, ...]]]:
     own = {"Balance": _balance, "Specialisation": _specialisation, "Regularisation": _regularisation,
            "Clipping": _clipping}
     known = {rule for rules in _OF.values() for rule in rules}
-    parts = [(head, " ".join(sentences(record)), tuple(_sentence(f) for f in record.findings if f.rule in _OF[head]))
+    said = [*record.asking, *([finding] for finding in record.findings if finding.level == "ok")]
+    parts = [(head, " ".join(sentences(record)), tuple(_sentence(same) for same in said if same[0].rule in _OF[head]))
              for head, sentences in own.items()]
-    parts.append(("Other findings", "", tuple(_sentence(f) for f in record.findings if f.rule not in known)))
+    parts.append(("Other findings", "", tuple(_sentence(same) for same in said if same[0].rule not in known)))
     return [part for part in parts if part[1] or part[2]]
 
 
-def _sentence(finding) -> str:
-    level = "Fine" if finding.level == "ok" else finding.level.capitalize()
-    return f"{level}, {span(finding)}: {finding.text}."
+def _sentence(same: Sequence[Finding]) -> str:
+    level = "Fine" if same[0].level == "ok" else same[0].level.capitalize()
+    return f"{level}, {span(same[0])}: {same[0].text}{and_others(same[1:])}."
+
+
+def and_others(findings: Sequence[Finding]) -> str:
+    """Where else a rule found the same, behind the words of its worst finding."""
+    where = ", ".join(f"{'all layers' if f.layer is None else f'layer {f.layer}'} ({number(f.value, 3)})"
+                      for f in findings)
+    return f"; also {where}" if where else ""
 
 
 def span(finding) -> str:

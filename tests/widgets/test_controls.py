@@ -1,3 +1,4 @@
+import re
 import threading
 
 import pytest
@@ -132,6 +133,23 @@ def test_a_note_is_pinned_to_the_step_it_was_made_at(tiny_run):
     note, = run.events().to_dict("records")
     assert (note["kind"], note["step"], note["text"]) == ("note", 2, "look <here>")
     assert box.text.value == ""
+
+
+def test_the_log_says_which_of_several_turns_before_a_step_was_applied(tiny_run):
+    """The last one of its knob alone, whether they are heard of together or one by one; another knob's is its own."""
+    run = tiny_run()
+    for heard in (lambda log: log.write_events(run.store.read_events()),
+                  lambda log: [log.write_events([event]) for event in run.store.read_events()]):
+        for name, value in (("router_temp", 9.0), ("grad_clip", 0.5), ("router_temp", 2.0)):
+            run.knobs[name].hold(value)
+        log = Log()
+        heard(log)
+        lines = re.findall(r"<span>([^<]*held[^<]*)</span>", log.widget.value)[:3]
+        assert lines == ["Router temperature: held at 2 · applied at step 1",
+                         "Gradient clip: held at 0.5 · applied at step 1",
+                         "Router temperature: held at 9 · superseded before step 1"]
+        run.step(1)
+        run.rewind(0)
 
 
 def test_the_log_shows_what_a_handler_raises_escaped_and_forgets_the_oldest():

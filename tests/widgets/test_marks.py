@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from widgets.marks import Marks, say
+from widgets.marks import LINES, MOST, Marks, say
 
 
 def events(*rows):
@@ -16,6 +16,9 @@ def events(*rows):
      "Learning-rate scale: follows its schedule"),
     (dict(kind="note", text="sharper now"), "Note: sharper now"),
     (dict(kind="checkpoint", name="before sharpening", text=None), "Checkpoint: before sharpening"),
+    (dict(kind="checkpoint", name="step 4", step=4), "Checkpoint"),
+    (dict(kind="branch", text="branch sharp from step 4", step=4), "Branch sharp from step 4"),
+    (dict(kind="nonfinite", text="NonFiniteError: step 9: grad is nan"), "Not finite: step 9: grad is nan"),
     (dict(kind="error", text="RuntimeError: no memory"), "Error: RuntimeError: no memory"),
 ))
 def test_an_event_says_what_it_was(event, words):
@@ -36,6 +39,23 @@ def test_each_step_has_one_mark_that_says_all_of_it():
     at_bottom = trace["y"] == 0
     assert trace["x"][at_bottom].tolist() == [4, 9, 12]
     assert [trace["text"][i] for i in at_bottom.nonzero()[0]] == list(marks.texts)
+
+
+def test_a_turn_whose_knob_is_turned_again_before_its_step_is_marked_superseded():
+    turns = [dict(step=8, kind="knob", name=name, mode="hold", value=value)
+             for name, value in (("router_temp", 9), ("grad_clip", 0.5), ("router_temp", 2))]
+    text, _ = Marks.of(events(*turns, dict(step=9, kind="knob", name="router_temp", mode="follow"))).texts
+    assert text.replace("<br>", " ") == (
+        "<b>step 8</b> Router temperature: held at 9 (superseded before the step) Gradient clip: held at 0.5 "
+        "Router temperature: held at 2")
+
+
+def test_what_is_hovered_is_never_longer_than_a_chart_is_tall():
+    """A long note is cut, and so is a long list of events; neither is where it is short."""
+    long = dict(step=1, kind="note", text="word " * 200)
+    assert Marks.of(events(long)).texts[0].count("<br>") == LINES
+    text = Marks.of(events(*[dict(step=1, kind="note", text="short")] * (MOST + 3))).texts[0]
+    assert text.count("short") == MOST and text.endswith("and 3 more, in the log")
 
 
 def test_a_users_words_are_never_html():

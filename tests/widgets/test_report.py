@@ -8,15 +8,18 @@ from nbclient import NotebookClient
 
 import moe_core as mc
 from moe_core.gates import GateError
+from moe_core.model import Transformer
 from moe_core.old_logs import import_log
 from widgets import compare, report
 from widgets.figures import panel_figure
 from widgets.record import Record
 from widgets.rendered import note_html, note_markdown
 from widgets.report import ReportError
-from widgets.report_blocks import code
+from widgets.report_blocks import Entry, Table, Text, code
+from widgets.report_contents import document
 from widgets.report_figures import draw
-from widgets.report_setup import script
+from widgets.report_markdown import inline
+from widgets.report_setup import script, setup
 from widgets.report_words import assessment
 
 HOSTILE = ("<script>alert('note')</script> \"double\" 'single' & <img src=x onerror=alert(1)>\n\n"
@@ -58,7 +61,7 @@ def watched(page, path):
 def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_path):
     """In a real Chromium: no dialog, no error, no request; every chart drawn; the words there, as they were typed."""
     run = told_run("a 'quoted' <b> run")
-    run.note("half \ud83d a character")  # JSON can hold it, a file of text cannot
+    run.note("half \ud83d a character\0")  # JSON can hold it, a file of text cannot
     out = run.report(tmp_path / "it's.html", title=NAME, gates=["val/loss < 100 by 20", "router/frac_srv_e* < 2"])
     with chromium_page() as page:
         heard = watched(page, out)
@@ -82,8 +85,10 @@ def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_
 def test_report_and_panel_draw_the_same_lines(told_run):
     """Every trace of the panel's figure is on a figure of the report, point by point, and no other is."""
     run = told_run()
-    drawn = draw(Record.read(run))
-    panel = panel_figure(run.metrics(per_layer=True), run.experts(), run.events(), top_k=1)
+    record = Record.read(run)
+    drawn = draw(record)
+    panel = panel_figure(run.metrics(per_layer=True), run.experts(), run.events(), top_k=1, others=record.others)
+    assert list(record.others) == ["main"]  # grey behind the branch that the run stands on
     expected = {trace.uid: trace.to_plotly_json() for trace in panel.data}
     seen = {trace.uid: trace.to_plotly_json() for figure in drawn.values() for trace in figure.data}
     assert seen.keys() == expected.keys()
@@ -116,20 +121,77 @@ def test_a_report_says_where_its_run_stands(told_run, tmp_path):
     assert paragraph.startswith(f"{clipped} of 60 steps were clipped ({clipped / 60:.0%})")
 
 
+def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_their_name(tiny_run):
+    """One entry with the effects once; a turn that was turned again is said to be; nothing is lost by rewinding."""
+    run = tiny_run(max_steps=100)
+    run.step(25)
+    for knob, value in (("router_temp", 9.0), ("grad_clip", 0.5), ("router_temp", 2.0)):
+        run.knobs[knob].hold(value)
+    run.note("on main")
+    run.step(25)
+    run.rewind(20, name="b")
+    run.knobs["lr_scale"].hold(0.5)
+    run.step(30)
+
+    def told(branch):
+        parts = document(Record.read(run, branch), [], [], []).blocks
+        where = next(k for k, part in enumerate(parts) if getattr(part, "text", "") == "Comparison")
+        return [[(part.at, part.title) for part in side if isinstance(part, Entry) and part.kind in ("knob", "note")]
+                for side in (parts[:where], parts[where:])], parts
+    (mine, theirs), parts = told("b")
+    assert mine == [("step 21", "Learning-rate scale: held at 0.5")]
+    on_main = [("step 25", "Note"), ("step 26", "Router temperature: held at 9 (superseded before the step); "
+                                                "Gradient clip: held at 0.5; Router temperature: held at 2")]
+    assert theirs == on_main
+    (mine, theirs), parts = told("main")
+    assert (mine, theirs) == (on_main, [("step 21", "Learning-rate scale: held at 0.5")])
+    entry = next(part for part in parts if getattr(part, "at", "") == "step 26")
+    assert sum("stand" in block.text for block in entry.blocks if isinstance(block, Text)) == 1
+    assert "turned together" not in str(entry)
+
+
+def test_the_setup_says_what_the_model_is(tiny_run):
+    """Its size, its experts and its training, as the config and the model have them."""
+    run = tiny_run(top_k=2, dropless=False, capacity_factor=1.5, n_shared_experts=1, skip_first_n_moe=1, n_kv_heads=1)
+    rows = dict(next(part.rows for part in setup(Record.read(run)) if isinstance(part, Table)))
+    total = sum(p.numel() for p in Transformer(run.config.model, run.config.router).parameters())
+    assert rows["model"] == ("2 layers of width 32, 2 attention heads (1 of keys and values), block of 32 tokens, "
+                             "vocabulary of 512")
+    assert rows["parameters"].startswith(f"{total:,}, ")
+    assert rows["experts"] == ("4 of width 48 in each of 1 layers after 1 dense, 1 shared; top 2; capacity factor 1.5; "
+                               "balance `aux`")
+    assert rows["batch"] == "4 sequences, 128 tokens a step"
+
+
+def test_runs_of_other_units_are_not_held_against_each_other(tiny_run, tmp_path):
+    runs = [tiny_run("one"), tiny_run("two", vocab_size=600, n_experts=8)]
+    text = compare.write(runs, tmp_path / "both.md").read_text()
+    assert "vocabularies differ (`one` 512, `two` 600)" in text and "ln 4 = 1.386" in text and "ln 8 = 2.079" in text
+    same = compare.write([runs[0], runs[0].path], tmp_path / "same.md").read_text()
+    assert "differ:" not in same and "vocabularies" not in same
+
+
 def test_the_script_of_a_report_takes_the_same_steps(told_run, tmp_path, monkeypatch):
     """What "How to reproduce it" says, run, gives every metric of the branch to the bit."""
     run = told_run()
-    record = Record.read(run)
+    child = run.fork(tmp_path / "child", batch_size=2)
+    child.knobs["router_temp"].hold(1.5)
+    child.step(5)
+    begun = mc.Run.create(tmp_path / "begun", run.config, say=lambda line: None, init_from=run.path)
+    begun.step(5)
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(script(record), names)
-    again = names["run"]
-    try:
-        same = [name for name in record.metrics if not name.startswith("perf/")]
-        mine = again.metrics(per_layer=True)
-        assert (mine[same].fillna(-1) == record.metrics[same].fillna(-1)).all(axis=None) and len(mine) == 60
-    finally:
-        again.close()
+    for one, steps in ((run, 60), (child, 65), (begun, 5)):
+        record, names = Record.read(one), {}
+        exec(script(record), names)
+        again = names["run"]
+        try:
+            same = [name for name in record.metrics if not name.startswith("perf/")]
+            mine = again.metrics(per_layer=True)
+            assert (mine[same].fillna(-1) == record.metrics[same].fillna(-1)).all(axis=None) and len(mine) == steps
+        finally:
+            again.close()
+    child.close()
+    begun.close()
 
 
 def test_a_live_run_is_written_up_by_a_reader_while_it_trains(tiny_run, tmp_path):
@@ -153,7 +215,7 @@ def test_markdown_has_its_pictures_beside_it(told_run, tmp_path):
     assert len(named) == 7
     for name in named:
         assert (tmp_path / name.replace("%20", " ")).read_bytes().startswith(b"\x89PNG")
-    assert "<script" not in re.sub(r"`[^`\n]*`", "", text)
+    assert "\0" not in text and "<script" not in re.sub(r"`[^`\n]*`", "", text)
 
 
 def test_a_static_report_has_no_script_and_every_chart(told_run, tmp_path):
@@ -270,5 +332,6 @@ def test_a_note_is_markdown_that_cannot_act(text, html, markdown):
 
 
 def test_a_name_is_code_on_one_line():
-    """Newlines and backticks of a name end nothing."""
-    assert code("a\n# b `x` |") == "`a # b 'x' |`"
+    """Newlines, control characters and backticks of a name end nothing, and a tag in it is no tag in Markdown."""
+    assert code("a\n# b `x`\0|") == "`a # b 'x' |`"
+    assert "<img" not in inline(code("<img src=x> [a](b)")) and "[a]" not in inline(code("<img src=x> [a](b)"))
