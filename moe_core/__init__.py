@@ -6,6 +6,7 @@ import os
 # longer. It must be set before torch is first imported, and only where the user has not chosen.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from moe_core.checkpoint import CheckpointError
 from moe_core.config import (
     ConfigError,
     DataConfig,
@@ -24,7 +25,7 @@ from moe_core.store import RunStore, StoreError
 from moe_core.trainer import MemoryLimitError, NonFiniteError, StepRecord, Trainer
 
 __all__ = [
-    "Command", "ConfigError", "DataConfig", "DataError", "KnobError", "MemoryLimitError",
-    "ModelConfig", "NonFiniteError", "OptimConfig", "Progress", "RouterConfig", "Run", "RunConfig",
+    "CheckpointError", "Command", "ConfigError", "DataConfig", "DataError", "KnobError",
+    "MemoryLimitError", "ModelConfig", "NonFiniteError", "OptimConfig", "Progress", "RouterConfig", "Run", "RunConfig",
     "RunStore", "Search", "Session", "Shootout", "StepRecord", "StoreError", "Trainer", "free_path", "preset",
 ]

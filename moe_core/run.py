@@ -183,6 +183,10 @@ class Run(Timeline, Face):
         """Whether a command has to wait until the state to train on is at hand. For the session."""
         return command.kind == "checkpoint" and self._trainer is None
 
+    def refuse(self, command: Command, error: Exception) -> None:
+        """Write down that a command could not be carried out. For the session."""
+        self.store.log_event(self._branch.id, self._step, "alert", {"text": f"{command.kind}: {error}"})
+
     def record_error(self, error: BaseException) -> None:
         """Write down what stopped training. For the session."""
         kind, where = "memory" if isinstance(error, MemoryLimitError) else "error", {}

@@ -231,7 +231,10 @@ class Session:
                 self._run.apply(self._queue[0])
             except StoreError:  # a full disk, say: the wish stays, for the next boundary
                 raise
-            except Exception:  # it cannot be done, now or later, and must not stand in the way of the others
+            except Exception as error:  # it cannot be done, now or later, and must not stand in the way of the others
+                command = self._queue.popleft()
+                if self._state not in BUSY:
+                    raise
+                self._run.refuse(command, error)  # nor stop a night of training
+            else:
                 self._queue.popleft()
-                raise
-            self._queue.popleft()

@@ -270,7 +270,7 @@ class Timeline:
             saved = self.history.save(self._branch.id, self._trainer, name)
         except CheckpointError as error:
             if name is not None:
-                raise  # a person asked for it, and is to know
+                raise  # to whoever asked for it
             # A full disk must not stop a night of training: the run goes on, and says so.
             self.store.log_event(self._branch.id, self._step, "alert", {"text": str(error)})
             return

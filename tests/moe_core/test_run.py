@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -126,6 +127,21 @@ def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run):
     run.note("still here")
     run.step(1)
     assert run.session.pending() == [] and list(run.events()["kind"])[-1] == "note"
+
+
+def test_a_named_checkpoint_that_cannot_be_written_is_said_and_stops_no_training(tiny_run):
+    """At rest the caller hears it; while steps are taken it is an alert, and they go on."""
+    run = tiny_run(eval_interval=0, save_interval=0)
+    run.step(1)
+    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    (run.path / "checkpoints").write_text("in the way")
+    with pytest.raises(mc.CheckpointError, match="checkpoints"):
+        run.checkpoint("kept")
+    run.session.start(20)
+    run.checkpoint("kept too")
+    assert run.session.wait(timeout=60) and run.current_step == 21
+    assert any(text.startswith("checkpoint: ") for text in run.events().query("kind == 'alert'")["text"])
+    (run.path / "checkpoints").unlink()
 
 
 def test_a_turn_acts_after_a_step_whose_row_waits_for_the_disk(tiny_run, monkeypatch):
