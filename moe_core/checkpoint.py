@@ -1,7 +1,8 @@
 """A whole state in one file: tensors as safetensors, the rest as JSON in the same file's header. No pickle.
 
 A state is what ``state_dict()`` gives: dicts, lists, numbers, text and tensors, nested. It is written to a
-temporary file, synced and renamed, so a crash or a full disk leaves the checkpoint before it as it was.
+temporary file, synced and renamed, so a crash or a full disk leaves the checkpoint before it as it was. A CRC-32 of
+the file stands in its header, so that bytes which changed on the disk are not loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 FORMAT = 1  # of the header; a file of a greater one is refused
 SUFFIX = ".safetensors"
+_SUM, _UNSUMMED = b'"crc32":"', "0" * 8  # before the sum's digits in the header, and what they count as in the sum
 
 
 class CheckpointError(RuntimeError):
@@ -33,12 +37,17 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
 
     path = Path(path)
     tensors: dict[str, Tensor] = {}
-    header = {"format": str(FORMAT), "about": json.dumps(about), "state": json.dumps(_encode(state, tensors))}
+    header = {"format": str(FORMAT), "about": json.dumps(about), "state": json.dumps(_encode(state, tensors)),
+              "crc32": _UNSUMMED}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, draft, metadata=header)
+        at, crc = _crc32(draft)
         with open(draft, "rb+") as file:
+            file.seek(at)
+            file.write(crc.encode())
+            file.flush()
             os.fsync(file.fileno())
         size = draft.stat().st_size
         os.replace(draft, path)
@@ -54,12 +63,14 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in ``path``, its tensors on ``device``. Raises CheckpointError where it is not whole."""
     header, tensors = _read(path, device)
-    return _decode(json.loads(header["state"]), tensors)
+    with _damage(path):
+        return _decode(json.loads(header["state"]), tensors)
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
     """What :func:`save` was told about the state, without reading a tensor. Raises CheckpointError."""
-    return json.loads(_read(path, None)[0]["about"])
+    with _damage(path):
+        return json.loads(_read(path, None)[0]["about"])
 
 
 def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -73,10 +84,33 @@ def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[d
             if int(header["format"]) > FORMAT:
                 raise CheckpointError(f"{path}: was written by a newer version (format {header['format']}, this one "
                                       f"knows up to {FORMAT}); update to load it")
+            if device is not None and "crc32" in header and (crc := _crc32(path)[1]) != header["crc32"]:
+                raise CheckpointError(f"{path}: is damaged: its CRC-32 is {crc} and was {header['crc32']} when saved")
             names = file.keys() if device is not None else ()
             return header, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read, it is cut short or no checkpoint: {_reason(error)}") from error
+
+
+def _crc32(path: str | os.PathLike) -> tuple[int, str]:
+    """(where in the file the sum's digits stand, the sum), of a file that safetensors reads."""
+    with open(path, "rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        at = header.find(_SUM) + len(_SUM)
+        crc = zlib.crc32(size + header[:at] + _UNSUMMED.encode() + header[at + len(_UNSUMMED):])
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return len(size) + at, f"{crc:08x}"
+
+
+@contextlib.contextmanager
+def _damage(path: str | os.PathLike) -> Iterator[None]:
+    """A header that safetensors reads may still not be what was written."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

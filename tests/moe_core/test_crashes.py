@@ -154,8 +154,28 @@ def test_a_checkpoint_of_another_model_is_passed_over_naming_the_field(tiny_run,
     shutil.copy(other.path / foreign.path, run.path / newest.path)
     again = mc.Run.open(run.path)
     again.resume()
-    assert field in capsys.readouterr().out and again.current_step == 2
+    said = capsys.readouterr().out
+    assert field in said and "saved up to step 2;" in said
     again.close()
+
+
+def test_a_checkpoint_whose_bytes_changed_is_refused(tmp_path):
+    """One bit of a tensor, a digit in the header, or a header that is no JSON any more: one line, nothing loaded."""
+    path, state = tmp_path / "c.safetensors", {"steps_done": 1234, "model": {"w": torch.randn(100, 30)}}
+    checkpoint.save(path, state, {"step": 1234})
+    whole = path.read_bytes()
+    assert torch.equal(checkpoint.load(path)["model"]["w"], state["model"]["w"])
+    start = 8 + int.from_bytes(whole[:8], "little")
+    at = random.randrange(start, len(whole))
+    for changed in (whole[:at] + bytes([whole[at] ^ 1 << random.randrange(8)]) + whole[at + 1:],
+                    whole.replace(b"1234", b"1235"), whole.replace(b"1234", b"12{4")):
+        path.write_bytes(changed)
+        with pytest.raises(checkpoint.CheckpointError, match=r"c\.safetensors: is damaged: its CRC-32 is "):
+            checkpoint.load(path)
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged: JSONDecodeError"):
+        checkpoint.about(path)
+    path.write_bytes(whole.replace(b"crc32", b"other"))  # as of before there were sums
+    assert checkpoint.load(path)["steps_done"] == 1234
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
