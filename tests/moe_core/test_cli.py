@@ -40,6 +40,7 @@ def until_step(path, step, process):
         except StoreError:
             pass  # not made yet
         time.sleep(0.05)
+    process.kill()
     raise AssertionError(process.communicate(timeout=60))
 
 

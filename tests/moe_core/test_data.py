@@ -5,7 +5,6 @@ import os
 import pty
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow as pa
@@ -40,14 +39,13 @@ def library():
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
-    """The embedded corpus as nano reads it, the lines that were said, and the seconds it took."""
-    said, started = [], time.perf_counter()
+    """The embedded corpus as nano reads it, twice, and the lines that were said."""
+    said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         tokens = load_tokens(DataConfig(), 4096, said.append)
-        took, started = time.perf_counter() - started, time.perf_counter()
-        again = load_tokens(DataConfig(), 4096, said.append)
-        return tokens, again, said, took, time.perf_counter() - started
+        patch.setattr("moe_core.data.batches.train_tokenizer", None)  # which is not to be called again
+        return tokens, load_tokens(DataConfig(), 4096, said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +108,9 @@ def test_embedded_corpus_comes_back_from_its_tokens_document_by_document(embedde
     assert max(data.train.max(), data.val.max()) < 4096
 
 
-def test_embedded_corpus_is_quick_and_tells_what_it_does(embedded):
-    """First use takes well under a minute and says two lines; the second maps the same files, in silence."""
-    data, again, said, first, second = embedded
-    assert first < 30 and second < 0.3
+def test_embedded_corpus_is_prepared_once_and_tells_what_it_does(embedded):
+    """First use says two lines; the second trains and writes nothing, and maps the same files in silence."""
+    data, again, said = embedded
     assert len(said) == 2 and all("\n" not in line and len(line) < 200 for line in said)
     assert "standard library" in said[0] and f"{len(data.train):,}" in said[1]
     assert again.key == data.key and np.array_equal(again.train, data.train)

@@ -122,7 +122,8 @@ def test_it_answers_after_training_has_failed(tiny_run):
     inside.wait(30)
     thread = threading.Thread(target=lambda: seen.append(run.inspect(TEXT)))
     thread.start()
-    while not run.session.pending():
+    end = time.monotonic() + 60
+    while not run.session.pending() and time.monotonic() < end:
         time.sleep(0.01)
     go_on.set()
     thread.join(30)

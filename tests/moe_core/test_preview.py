@@ -2,13 +2,13 @@
 
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from moe_core.knobs import KnobError
+from moe_core.model.router import route
 from moe_core.preview import ROUTES
 
 
@@ -141,13 +141,11 @@ def test_it_can_be_asked_from_another_thread_while_the_run_trains(tiny_run):
     assert all(np.float32(p.now["router/entropy_mean"]) == entropy[p.step] for p in seen)
 
 
-def test_it_answers_within_a_sliders_move(tiny_run):
-    """Under 50 ms for the nano shape on a CPU: the best of a few, so that a busy machine fails nothing."""
-    run = tiny_run(n_layer=4, n_experts=8, block_size=128, batch_size=8, eval_interval=0)
+def test_it_is_quick_enough_for_a_slider_for_it_only_routes(tiny_run, monkeypatch):
+    """Each layer is routed twice, now and then, and no module of the model runs."""
+    run, routed = tiny_run(n_layer=3), []
     run.step(1)
-    took = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run.preview(router_temp=0.9, router_noise_std=0.3)
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.05
+    monkeypatch.setattr("moe_core.preview.route", lambda *args, **how: routed.append(1) or route(*args, **how))
+    monkeypatch.setattr("torch.nn.Module.__call__", None)
+    run.preview(router_temp=0.9, router_noise_std=0.3)
+    assert len(routed) == 2 * 3

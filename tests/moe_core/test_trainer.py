@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 import torch
@@ -90,13 +89,20 @@ def test_clipping_bounds_the_gradient_and_is_counted(make):
     assert rows[0]["grad/norm"] > 1e-2  # the metric is the norm before clipping
 
 
-def test_data_wait_is_the_part_of_a_step_that_waited_for_batches(make):
-    """A batch that takes half a second to come is most of a small model's step, and all of them together."""
-    trainer = make(gradient_accumulation_steps=2, eval_interval=0)
-    assert 0 < trainer.step().metrics["perf/data_wait"] < 0.5
-    quick, trainer.train.next = trainer.train.next, lambda: time.sleep(0.5) or quick()
+def test_data_wait_is_the_part_of_a_step_that_waited_for_batches(make, monkeypatch):
+    """By a clock that moves 3 s for each of two batches and 2 s for the update: six seconds of eight."""
+    trainer, now = make(gradient_accumulation_steps=2, eval_interval=0), [0.0]
+
+    def taking(seconds, call):
+        def timed(*args, **how):
+            now[0] += seconds
+            return call(*args, **how)
+        return timed
+    monkeypatch.setattr("moe_core.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer.train, "next", taking(3.0, trainer.train.next))
+    monkeypatch.setattr(trainer.optimizer, "step", taking(2.0, trainer.optimizer.step))
     row = trainer.step().metrics
-    assert 0.5 < row["perf/data_wait"] < 1 and row["perf/tok_s"] < 2 * 4 * 32 / 1.0
+    assert (row["perf/data_wait"], row["perf/tok_s"]) == (6 / 8, 2 * 4 * 32 / 8)
 
 
 def test_the_same_run_twice_is_the_same_run(make):

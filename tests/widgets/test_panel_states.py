@@ -17,9 +17,10 @@ import json, sys, time
 import moe_core as mc
 run = mc.Run.create(sys.argv[1], mc.RunConfig.from_dict(json.loads(sys.argv[2])), say=lambda line: None)
 run.session.start(10**6)
-while run.current_step < 3:
+end = time.monotonic() + 120
+while run.current_step < 3 and time.monotonic() < end:
     time.sleep(0.01)
-print("ready", flush=True)
+print("ready" if run.current_step >= 3 else "late", flush=True)
 time.sleep(600)
 """
 
