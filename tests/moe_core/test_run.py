@@ -54,6 +54,13 @@ def test_metrics_are_per_layer_on_request(tiny_run):
     assert list(run.metrics(since=1).index) == [2]
 
 
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.001)
+
+
 def test_a_turn_holds_from_the_step_that_its_event_names(tiny_run):
     """Asked while idle after step 3: the event says 4, row 3 has the schedule's value and row 4 the held one."""
     run = tiny_run()
@@ -75,16 +82,18 @@ def test_a_turn_holds_from_the_step_that_its_event_names(tiny_run):
 def test_commands_sent_while_training_are_applied_at_a_boundary_in_order(tiny_run):
     """Two turns posted in mid-chunk: the last one wins, each event's step is the first row with its value."""
     run = tiny_run()
-    run.session.start(200)
-    while run.current_step < 5:
-        time.sleep(0.001)
+    run.session.start(10**6)
+    until(lambda: run.current_step >= 5)
     run.knobs["router_temp"].hold(3.0)
     run.knobs["router_temp"].hold(2.0)
-    run.session.wait()
+    until(lambda: not run.session.pending())
+    run.session.pause()
+    assert run.session.wait(60)
+    run.step(1)
     first, second = run.events().itertuples()
     temps = run.metrics()["router/temp"]
-    assert 5 < first.step <= second.step < 200
-    assert temps[second.step] == 2.0 and temps[200] == 2.0
+    assert 5 < first.step <= second.step <= run.current_step
+    assert temps[second.step] == 2.0 and temps[run.current_step] == 2.0
     assert temps[first.step - 1] < 2.0  # the schedule
     assert not run.knobs["router_temp"].pending
 
@@ -92,13 +101,12 @@ def test_commands_sent_while_training_are_applied_at_a_boundary_in_order(tiny_ru
 def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_run):
     """A paused and continued run has the numbers of one that was left alone, to the bit."""
     run, left_alone = tiny_run("paused"), tiny_run("alone")
-    run.session.start(1000)
-    while run.current_step < 4:
-        time.sleep(0.001)
+    run.session.start(10**6)
+    until(lambda: run.current_step >= 4)
     run.pause()
-    assert run.session.wait(30)
+    assert run.session.wait(60)
     at = run.current_step
-    assert run.session.state == "paused" and 4 <= at < 1000
+    assert run.session.state == "paused" and 4 <= at < 10**6
     run.step(3)
     assert run.session.state == "idle" and run.current_step == at + 3
     left_alone.step(at + 3)
@@ -109,10 +117,8 @@ def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_ru
 def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
     """A pause drops what is left of its chunk, also where more is asked for before training has come to rest."""
     run = tiny_run()
-    run.session.start(10_000)
-    deadline = time.monotonic() + 60
-    while run.current_step < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    run.session.start(10**6)
+    until(lambda: run.current_step >= 3)
     run.session.pause()
     seen = run.current_step
     run.step(2)
