@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moe_core import effects, frames, generation, health, probe
@@ -45,7 +45,8 @@ class Face:
     def step(self, n: int = 1) -> None:
         """Do ``n`` optimizer steps and wait for them, with a progress bar where tqdm is installed.
 
-        An interrupt pauses at the next step boundary. Raises what training raised.
+        An interrupt pauses at the next step boundary. Raises ValueError where ``n`` is no integer of at least 1, and
+        what training raised: NonFiniteError, MemoryLimitError, StoreError, DataError.
         """
         n = plain(n)
         self.session.start(n)
@@ -60,7 +61,10 @@ class Face:
             raise
 
     def pause(self) -> None:
-        """Stop at the next step boundary, whoever started the chunk. Returns at once."""
+        """Stop at the next step boundary, whoever started the chunk. Returns at once.
+
+        Raises StoreError where the run is attached and no process trains it.
+        """
         self.session.pause()
 
     def progress(self) -> Progress:
@@ -73,7 +77,11 @@ class Face:
         return KnobHandles((name, KnobHandle(self, name)) for name in self._knobs)
 
     def note(self, text: str, step: int | None = None) -> None:
-        """Pin a note to ``step`` (default: the step that the run is at when it takes it)."""
+        """Pin a note to ``step`` (default: the step that the run is at when it takes it).
+
+        Raises ValueError where ``text`` says nothing or ``step`` is none of this line, StoreError where it cannot be
+        written.
+        """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text = {text!r}: a note must say something")
         if step is not None:
@@ -81,7 +89,10 @@ class Face:
         self.session.post(Command("note", {"text": text} if step is None else {"text": text, "at": step}))
 
     def checkpoint(self, name: str) -> None:
-        """Save the whole state under a name; it is never pruned. While training: at the next step boundary."""
+        """Save the whole state under a name; it is never pruned. While training: at the next step boundary.
+
+        Raises ValueError where ``name`` names nothing, CheckpointError or StoreError where it cannot be written.
+        """
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name = {name!r}: a named checkpoint needs a name")
         self.session.post(Command("checkpoint", {"name": name}))
@@ -89,7 +100,10 @@ class Face:
     # ---- reading ------------------------------------------------------------------------------------------
 
     def metrics(self, branch: str | None = None, since: int = 0, per_layer: bool = False):
-        """DataFrame of every metric, index ``step``, of the steps after ``since``; NaN where a step has none."""
+        """DataFrame of every metric, index ``step``, of the steps after ``since``; NaN where a step has none.
+
+        ``branch``: by its name, None is the current one. Raises StoreError for a name that no branch has.
+        """
         return frames.metrics(self.store, self._branch_id(branch), since, per_layer)
 
     def experts(self, branch: str | None = None, since: int = 0):
@@ -115,14 +129,19 @@ class Face:
         """
         return effects.effects(self.store, self._branch.id, window)
 
-    def report(self, path: str | os.PathLike, **options) -> Path:
+    def report(self, path: str | os.PathLike, *, static: bool = False, gates: Sequence[str] = (),
+               baselines: Sequence = (), snapshots: Sequence[int] | None = None, title: str | None = None,
+               inspection: Inspection | None = None) -> Path:
         """Write the experiment up from the store, as .html, .md or .ipynb by the end of ``path``; returns the path.
 
-        ``options``: gates, baselines, snapshots, title, static, inspection (see ``widgets.report.write``).
+        ``gates``: lines of :mod:`moe_core.gates`, passed or failed. ``baselines``: runs to compare with, or their
+        paths. ``snapshots``: steps to show in full. ``static``: an HTML without script. ``inspection``: what
+        :meth:`inspect` found. Raises what ``widgets.report.write`` does, before anything is written.
         """
         from widgets import report
 
-        return report.write(self, path, **options)
+        return report.write(self, path, static=static, gates=gates, baselines=baselines, snapshots=snapshots,
+                            title=title, inspection=inspection)
 
     @property
     def _probed(self):

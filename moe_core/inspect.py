@@ -52,6 +52,7 @@ class Inspection:
 
     @property
     def n_layer(self) -> int:
+        """Layers with experts, L."""
         return len(self.experts)
 
     def shares(self) -> np.ndarray:

@@ -73,6 +73,7 @@ class Search:
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
+        """Every choice of two multipliers: of the first peak rate, and of the second."""
         return list(itertools.product(self.multipliers, repeat=2))
 
     def at_edge(self, pair: tuple[float, float]) -> bool:
