@@ -182,8 +182,9 @@ class History:
         """The step of every attempt that was not finite and that the branch shows."""
         return [e["step"] for e in self.store.read_events(branch) if e["kind"] == "nonfinite"]
 
-    def retrace(self, line: int, trainer: Trainer, upto: int) -> str:
-        """Take the steps of a line up to ``upto`` again, each with the knobs it had.
+    def retrace(self, line: int, trainer: Trainer, upto: int, go_on: Callable[[], bool] = lambda: True) -> str:
+        """Take the steps of a line up to ``upto`` again, each with the knobs it had, while ``go_on()``. Where it is
+        stopped half-way a snapshot keeps what was reached.
 
         Returns "" when every cross-entropy came out as its row has it (on a CPU: to the bit), else what did not.
         """
@@ -194,6 +195,9 @@ class History:
             again = float(np.float32(record.metrics["train/ce"]))
             if not off and abs(again - stored[record.step]) > close:
                 off = f"train/ce of step {record.step} is {again:.6f} and was {stored[record.step]:.6f}"
+            if record.step < upto and not go_on():
+                self.snapshot(line, trainer)
+                break
         return off
 
     def replay(self, line: int, upto: int, trainer: Trainer):

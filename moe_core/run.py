@@ -168,6 +168,8 @@ class Run(Timeline, Face):
     def apply(self, command: Command) -> None:
         """Carry out a command at a step boundary and write it down. For the session."""
         if command.kind == "checkpoint":
+            if self._trainer is None:
+                raise RuntimeError("training was paused on its way back to the last step; start it to go on")
             return self._save(command.payload["name"])
         if command.kind == "look":  # somebody reads the state between two steps: nothing to write down
             return command.payload["look"](self._trainer)

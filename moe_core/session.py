@@ -190,7 +190,8 @@ class Session:
 
     def _train(self) -> None:
         while True:
-            self._run.begin_chunk()
+            if not self._run.begin_chunk(lambda: self._state == "training"):
+                return self._rest("paused")
             while self._boundary():
                 self._run.advance(more=self._another())
                 with self._changed:

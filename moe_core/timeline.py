@@ -33,13 +33,16 @@ class Timeline:
 
     # ---- chunk by chunk, for the session's thread --------------------------------------------------------
 
-    def begin_chunk(self) -> None:
-        """Make ready to train, and remember where the chunk starts. For the session's thread."""
+    def begin_chunk(self, go_on: Callable[[], bool]) -> bool:
+        """Make ready to train, and remember where the chunk starts; False where ``go_on()`` ended that half-way. For
+        the session's thread.
+        """
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        if self._trainer is None:
-            self.resume()
+        if self._trainer is None and not self.resume(go_on):
+            return False
         self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
         self.history.snapshot(self._branch.id, self._trainer)
+        return True
 
     @property
     def under_way(self) -> bool:
@@ -90,15 +93,19 @@ class Timeline:
 
     # ---- back, for whoever holds the run --------------------------------------------------------------------
 
-    def resume(self) -> None:
+    def resume(self, go_on: Callable[[], bool] = lambda: True) -> bool:
         """Make ready to train from the newest saved state of the current branch; training does it by itself.
 
         Rows, events and turns of steps beyond that state stay as they are. The steps are trained again, each with the
-        knobs that it had, which this says; it says too where they do not come out as before.
+        knobs that it had, which this says; it says too where they do not come out as before. Returns False where
+        ``go_on()``, asked after each of them, ended it; what was reached is at hand for the next time.
         """
-        off = self._reach(self._branch.id, self._step)
+        started = time.perf_counter()
+        off = self._reach(self._branch.id, self._step, go_on)
         self._knobs.replay(self.history.turns(self._branch.id))  # those too that wait for the next step
         self._tell_off(off)
+        self._unsaved_s = time.perf_counter() - started
+        return self._trainer is not None
 
     def rewind(self, step: int, name: str | None = None, wait: bool = True) -> None:
         """Go back to the state after ``step`` of the current line, exactly, and open a new branch there.
@@ -222,10 +229,10 @@ class Timeline:
                              f"before, so go back in its parent: {self._parent['path']}")
         return step
 
-    def _reach(self, line: int, step: int) -> str:
+    def _reach(self, line: int, step: int, go_on: Callable[[], bool] = lambda: True) -> str:
         """Bring the trainer to the state after ``step`` of a branch; the one that is left stays at hand.
 
-        Returns what :meth:`History.retrace` says.
+        Returns what :meth:`History.retrace` says. There is no trainer where ``go_on`` stopped that.
         """
         if self._trainer is not None:
             self.end_chunk()
@@ -236,8 +243,11 @@ class Timeline:
         trainer = self.history.restore(line, step, lambda: build_trainer(self.config, self._knobs, print), print)
         if (at := trainer.steps_done) < step:
             print(f"{self.path}: saved up to step {at}; what follows up to step {step} is trained again")
-        off = self.history.retrace(line, trainer, step)
-        self._trainer = trainer
+        off = self.history.retrace(line, trainer, step, go_on)
+        if trainer.steps_done == step:
+            self._trainer = trainer
+        else:
+            trainer.train.close()
         return off
 
     def _tell_off(self, off: str) -> None:

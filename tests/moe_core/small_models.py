@@ -70,3 +70,8 @@ def measured(record, *but):
 
 def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def rows(run, branch=None):
+    """Every number of every row of a run but its speed."""
+    return run.metrics(branch, per_layer=True).filter(regex="^(?!perf/)")

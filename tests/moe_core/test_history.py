@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from small_models import rows
 
 import moe_core as mc
 from moe_core import checkpoint
@@ -23,11 +24,6 @@ VARIANTS = {
                                                        activation_checkpointing=True),
     "muon and adamw": dict(optimizer="muon_adamw", starved_experts="skip"),
 }
-
-
-def rows(run, branch=None):
-    """Every number of every row but the speed."""
-    return run.metrics(branch, per_layer=True).filter(regex="^(?!perf/)")
 
 
 def turn(run):
@@ -138,96 +134,6 @@ def test_what_is_asked_for_while_a_chunk_is_saved_is_undone_alone(tiny_run):
 
 
 
-def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
-    """From step 4 of a run at 6: its history, then the parent's own numbers; the parent is where it was."""
-    run = tiny_run()
-    run.knobs["router_temp"].hold(1.2)
-    run.note("before the fork")
-    run.step(6)
-    child = run.fork(tmp_path / "child", step=4)
-    assert child.current_step == 4 and len(child.events()) == 2
-    assert child.store.get_meta("parent") == {"path": str(run.path.resolve()), "branch": 1, "step": 4}
-    child.step(3)
-    run.step(1)
-    assert rows(child).equals(rows(run))
-    with pytest.raises(mc.StoreError, match="exists already"):
-        run.fork(tmp_path / "child")
-    child.close()
-
-
-def test_a_fork_now_takes_the_turns_along_that_wait_for_the_next_step(tiny_run, tmp_path):
-    """A knob turned at the tip acts on the child's next step as on the parent's."""
-    run = tiny_run()
-    run.step(3)
-    run.knobs["router_temp"].hold(0.5)
-    child = run.fork(tmp_path / "child")
-    run.step(2), child.step(2)
-    assert rows(child).equals(rows(run)) and child.metrics()["router/temp"][4] == 0.5
-    child.close()
-
-
-def test_a_fork_has_the_rates_of_its_own_config(tiny_run, tmp_path):
-    """Its optimizer holds what the parent's had gathered, under the child's rates and decay."""
-    run = tiny_run(learning_rate=1e-2, min_lr=1e-2)
-    run.step(3)
-    child = run.fork(tmp_path / "child", learning_rate=1e-3, min_lr=1e-3, weight_decay=0.5)
-    child.step(1)
-    assert child.metrics()["lr/experts"][4] == child.metrics()["lr"][4] < 0.2 * run.metrics()["lr/experts"][3]
-    assert {group["weight_decay"] for group in child._trainer.optimizer.param_groups} == {0.0, 0.5}
-    child.close()
-
-
-def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tiny_run, tmp_path):
-    """What its config never led to is refused by name: earlier steps, a replay, another order of the data."""
-    run = tiny_run()
-    run.step(4)
-    with pytest.raises(mc.ConfigError, match="seed: a fork goes on with its parent's weights, optimizer and data"):
-        run.fork(tmp_path / "other", seed=run.config.seed + 1)
-    with pytest.raises(mc.ConfigError, match="balance: a fork goes on"):
-        run.fork(tmp_path / "other", balance="bias")
-    child = run.fork(tmp_path / "child", step=3, batch_size=2)
-    child.step(2)
-    with pytest.raises(ValueError, match=r"step = 2: must be at least 3; .* go back in its parent: .*run"):
-        child.rewind(2)
-    with pytest.raises(ValueError, match="replay: the steps up to 3 were taken by this run's parent"):
-        child.replay()
-    grandchild = child.fork(tmp_path / "grandchild")
-    with pytest.raises(ValueError, match="must be at least 3"):
-        grandchild.rewind(0)
-    after = rows(child)
-    child.rewind(3)
-    child.step(2)
-    assert rows(child).equals(after) and not (child.events()["kind"] == "alert").any()
-    child.close(), grandchild.close()
-
-
-def test_a_fork_does_without_a_knob_that_it_has_not(tiny_run, tmp_path):
-    """A run of limited capacity whose factor was turned goes on dropless."""
-    run = tiny_run(dropless=False, capacity_factor=1.0)
-    run.knobs["capacity_factor"].hold(2.0)
-    run.step(2)
-    child = run.fork(tmp_path / "child", dropless=True)
-    child.step(1)
-    assert "capacity_factor" not in child.knobs and child.metrics()["router/drop_frac_mean"][3] == 0.0
-    child.close()
-
-
-def test_a_fork_may_have_a_smaller_batch_and_goes_on_with_the_same_tokens(tiny_run, tmp_path):
-    """Half the batch, twice accumulated: the next losses are the parent's to rounding. Another shape is refused."""
-    parent = tiny_run(load_balance_alpha=0.0, router_noise_std_init=0.0)
-    parent.step(3)
-    child = parent.fork(tmp_path / "small", batch_size=2, gradient_accumulation_steps=2)
-    parent.step(3)
-    child.step(3)
-    np.testing.assert_allclose(child.metrics()["train/ce"], parent.metrics()["train/ce"], rtol=1e-4)
-    assert child.config.optim.batch_size == 2 and child.store.get_meta("parent")["changes"]["batch_size"] == 2
-    child.close()
-    for wrong in (dict(n_experts=8), dict(optimizer="sophia"), dict(text_key="words")):
-        with pytest.raises(mc.ConfigError, match="a fork goes on with its parent's weights"):
-            parent.fork(tmp_path / "other", **wrong)
-    assert not (tmp_path / "other").exists()
-
-
 def test_a_and_b_see_the_same_batches_and_differ_by_their_knobs_alone(tiny_run):
     """Two equal choices give equal rows; unequal ones differ from the first step; keep goes on from one."""
     run = tiny_run()
@@ -333,6 +239,21 @@ def test_after_a_crash_open_goes_on_from_the_last_whole_checkpoint(tiny_run, cap
     assert re.search(r"saved up to step \d+; what follows up to step 11 is trained again", said)
     assert again.branch == "main" and rows(again).equals(rows(whole)) and len(again.events()) == events
     again.close()
+
+
+def test_a_pause_is_heard_while_steps_are_trained_again(tiny_run):
+    """What was reached is kept, and the next start goes on from there to the same numbers."""
+    run, whole = tiny_run(eval_interval=0, save_interval=0), tiny_run("whole", eval_interval=0)
+    run._save_s = 1e9  # as if it was killed before it could save
+    run.step(40), whole.step(41)
+    run._trainer, run.history._snapshots = None, []
+    run.session.start(1)
+    run.session.pause()
+    assert run.session.wait(timeout=60) and run.session.state == "paused" and run.current_step == 40
+    reached = [state.step for state in run.history.states(1, 40)]
+    assert reached and max(reached) < 40
+    run.step(1)
+    assert rows(run).equals(rows(whole))
 
 
 def test_a_checkpoint_is_whole_or_refused(tmp_path):
