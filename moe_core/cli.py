@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run", **run)
     p.add_argument("path", metavar="PATH", help="the new run's directory")
     p.add_argument("--step", type=int, help="the state after this step; without it the present one")
-    p = add("replay", verbs.replay, "take all steps again from config, seed and events, and compare every metric",
+    p = add("replay", verbs.replay, "retrain from scratch by config, seed and events, and compare every metric",
             "  moe replay runs/first")
     p.add_argument("run", **run)
     p = add("note", verbs.note, "pin a note to a run's step", '  moe note runs/first "entropy drifts back up"\n'
@@ -148,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--over", type=verbs.steps, metavar="N", help="go to VALUE in N steps")
     p = add("ls", verbs.ls, "list the runs in a directory", "  moe ls\n  moe ls runs")
     p.add_argument("dir", nargs="?", default=".", metavar="DIR")
-    p = add("show", verbs.show, "say what a run is, how it stands and what happened to it", "  moe show runs/first")
+    p = add("show", verbs.show, "summarise a run: its config, metrics, knobs, branches, health and newest events",
+            "  moe show runs/first")
     p.add_argument("run", **run)
     p = add("export", verbs.export, "write a run's tables as CSV or Parquet",
             "  moe export runs/first --csv first.csv\n  moe export runs/first --csv shares.csv --table shares\n"
@@ -166,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
             '  moe report runs/first first.md --baseline runs/old --gate "val/loss < 4.0 by 1400"')
     p.add_argument("run", **run)
     p.add_argument("out", metavar="OUT", help="a .html, .md or .ipynb file")
-    p.add_argument("--gate", action="append", default=[], metavar="LINE", help="to be passed or failed; repeatable")
+    p.add_argument("--gate", action="append", default=[], metavar="LINE",
+                   help="an acceptance criterion, such as 'val/loss < 4.0 by 1400'; repeatable")
     p.add_argument("--baseline", action="append", default=[], metavar="RUN", help="to compare with; repeatable")
     p.add_argument("--snapshot", action="append", type=int, metavar="STEP", help="to show in full; repeatable")
     p.add_argument("--title")
@@ -188,5 +190,5 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--shift", type=int, default=0, metavar="N", help="add N to every step of the log")
     add("shootout", None, "train the same model with several optimizers and compare them", SHOOTOUT,
         "moe shootout [DIR] COMMAND LINE [--seeds N] [--tune]")
-    add("bench", None, "time whole training steps beside the peers that are installed")
+    add("bench", None, "time whole training steps against installed Hugging Face models")
     return parser

@@ -110,13 +110,26 @@ def check(gates: Sequence[str | Gate], metrics: pd.DataFrame) -> list[Answer]:
     return [_answer(gate if isinstance(gate, Gate) else parse(gate), metrics) for gate in gates]
 
 
+def refuse_unknown(gates: Sequence[Gate], metrics: pd.DataFrame) -> None:
+    """Raise GateError for a gate on a metric that the run of ``metrics`` does not log; before its first step, none."""
+    for gate in gates if len(metrics) else ():
+        if not _meant(gate, metrics):
+            raise GateError(f"gate {gate.text!r}: {_no_such(gate, metrics)}")
+
+
+def _meant(gate: Gate, metrics: pd.DataFrame) -> list[str]:
+    return [name for name in metrics if fnmatch.fnmatchcase(name, gate.metric)
+            and ("/layer_" in gate.metric or "/layer_" not in name)]
+
+
+def _no_such(gate: Gate, metrics: pd.DataFrame) -> str:
+    close = difflib.get_close_matches(gate.metric, list(metrics), n=1)
+    return "the run has no such metric" + (f"; did you mean {close[0]}?" if close else "")
+
+
 def _answer(gate: Gate, metrics: pd.DataFrame) -> Answer:
-    names = [name for name in metrics if fnmatch.fnmatchcase(name, gate.metric)
-             and ("/layer_" in gate.metric or "/layer_" not in name)]
-    if not names:
-        close = difflib.get_close_matches(gate.metric, list(metrics), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return Answer(gate, NOT_REACHED, math.nan, gate.metric, 0, f"the run has no such metric{hint}")
+    if not (names := _meant(gate, metrics)):
+        return Answer(gate, NOT_REACHED, math.nan, gate.metric, 0, _no_such(gate, metrics))
     last = int(metrics.index[-1]) if len(metrics) else 0
     answers = [_of_metric(gate, name, *_logged(metrics, name), last) for name in names]
     for state in (FAILED, NOT_REACHED, PASSED):  # the worst decides, and of those the one farthest off

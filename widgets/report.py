@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_core import gates as gate_lines
+from moe_core.checked import is_integer, plain
 from moe_core.inspect import Inspection
 from widgets.record import Record
 from widgets.report_contents import document
@@ -32,8 +33,11 @@ def write(run, out: str | os.PathLike, *, static: bool = False, gates: Sequence[
     out = checked(out)
     wanted = [gate_lines.parse(line) for line in ([gates] if isinstance(gates, str) else gates)]
     record = Record.read(run)
+    gate_lines.refuse_unknown(wanted, record.metrics)
     for step in snapshots or ():
-        if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= record.last_step:
+        if not record.last_step:
+            raise ReportError(f"snapshots = {step!r}: must be None, this run has no steps yet")
+        if not is_integer(plain(step), 1, record.last_step):
             raise ReportError(f"snapshots = {step!r}: must be a step of this run, 1 to {record.last_step}")
     if isinstance(baselines, str | os.PathLike):
         baselines = [baselines]

@@ -25,7 +25,9 @@ import torch
 from moe_core.bench import curves, profile, scale
 from moe_core.bench.harness import Side, built, ceilings, interleave, machine, ratio
 from moe_core.bench.sides import makers
+from moe_core.config import RunConfig
 from moe_core.presets import preset
+from moe_core.trainer import resolve_device
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s that the maker states, without sparsity
 
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the table that ``args`` ask for."""
     device = args.device
+    resolve_device(RunConfig(device=device.type))  # refuses one that is not here
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     else:

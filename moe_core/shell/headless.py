@@ -7,6 +7,8 @@ The run directory is the one that a notebook would make; another process may wat
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import signal
 import sys
 import time
@@ -27,6 +29,17 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 # What may differ where a command goes on with a run: none of it changes what is computed.
 _FREE = {"max_iters", "checkpoint_dir", "resume", "auto_resume", "log_interval", "csv", "opt_list", "mirrors",
          "wandb_project", "wandb_run_name", "vocab_size"}
+
+
+def near(path: str | os.PathLike) -> str:
+    """A run's path as one says it here: from this directory where it lies below."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def typed(path: str | os.PathLike) -> str:
+    """:func:`near`, as a shell takes it."""
+    return shlex.quote(near(path))
 
 
 class TrainingError(RuntimeError):
@@ -108,7 +121,11 @@ def _return(path: str) -> Run:
     if folder is None:
         raise StoreError(f"{path}: is no checkpoint of a run here; --resume takes a run's directory, or one of the "
                          f"*{checkpoint.SUFFIX} files in its checkpoints folder")
-    about, run = checkpoint.about(file), Run.open(folder)
+    about = checkpoint.about(file)
+    with RunStore.open(folder) as store:
+        if about.get("run") != store.get_meta("created"):
+            raise StoreError(f"{path}: is a checkpoint of another run than {near(folder)}, in whose directory it lies")
+    run = Run.open(folder)
     name = next(b.name for b in run.store.branches() if b.id == about["branch"])
     if name != run.branch:
         run.switch(name)
@@ -122,7 +139,7 @@ def _say_ignored(run: Run, line: commands.Line) -> None:
     for field, value in line.given.items():
         has = commands.flat(run.config)[field]
         if field not in _FREE and value != has:
-            tell(f"{run.path}: {field} stays {has!r}, as the run was begun; {value!r} would be another run")
+            tell(f"{near(run.path)}: {field} stays {has!r}, as the run was begun; {value!r} would be another run")
 
 
 def drive(run: Run, total: int, steps: int | None = None) -> int:
@@ -134,24 +151,24 @@ def drive(run: Run, total: int, steps: int | None = None) -> int:
     caught: list[int] = []
     with contextlib.closing(run):
         if run._trainer is None:
-            run.resume()  # now, since it may stand at an earlier step than the rows that a crash left
+            run.resume()  # now: what a crash left unsaved is trained again, and is none of the steps that follow
         total = total if steps is None else run.current_step + steps
         if run.current_step >= total:
-            tell(f"{run.path}: is at step {run.current_step}, its planned end; 'moe resume {run.path} --steps N' "
-                 "trains N more")
+            tell(f"{near(run.path)}: is at step {run.current_step}, its planned end; train N more steps with: "
+                 f"moe resume {typed(run.path)} --steps N")
             return 0
         console = Console(run.store, run.config, run.branch, run.current_step, total)
-        tell(f"{run.path}: training to step {total}; Ctrl-C pauses and saves")
+        tell(f"{near(run.path)}: training to step {total}; Ctrl-C pauses and saves")
         console.start()
         with contextlib.closing(console), _signals(caught):
             run.session.start(total - run.current_step)
             _watch(run, total, console, caught)
         step = run.current_step
     if caught:
-        tell(f"{run.path}: paused at step {step} of {total} and saved; go on with: moe resume {run.path}"
+        tell(f"{near(run.path)}: paused at step {step} of {total} and saved; go on with: moe resume {typed(run.path)}"
              + ("" if total == run.config.optim.max_iters else f" --steps {total - step}"))
         return 128 + int(caught[0])
-    tell(f"{run.path}: done, step {step}")
+    tell(f"{near(run.path)}: done, step {step}")
     return 0
 
 
@@ -162,16 +179,17 @@ def _watch(run: Run, total: int, console: Console, caught: list[int]) -> None:
             rests = run.session.wait(LOOK)
         except Exception as error:
             console.look(run.branch)
-            raise TrainingError(f"{run.path}: stopped at step {run.current_step}: {type(error).__name__}: {error}; "
-                                f"'moe resume {run.path}' goes on, 'moe rewind {run.path} STEP' goes back") from error
+            raise TrainingError(
+                f"{near(run.path)}: stopped at step {run.current_step}: {type(error).__name__}: {error}; go on with: "
+                f"moe resume {typed(run.path)}, or go back with: moe rewind {typed(run.path)} STEP") from error
         console.look(run.branch)
         if caught:
             run.session.pause()
         if rests and (caught or run.current_step >= total):
             return
         if rests and not waiting:
-            console.say(f"{run.path}: paused at step {run.current_step} from elsewhere; waiting until it goes on from "
-                        "there, Ctrl-C ends")
+            console.say(f"{near(run.path)}: paused at step {run.current_step} from elsewhere; waiting until it goes on "
+                        "from there, Ctrl-C ends")
         waiting = rests
         if rests:
             time.sleep(LOOK)

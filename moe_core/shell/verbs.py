@@ -11,8 +11,8 @@ from moe_core import commands
 from moe_core.config import ConfigError
 from moe_core.knobs import KnobError
 from moe_core.shell import headless
-from moe_core.shell.headless import held, tell
-from moe_core.store import StoreError
+from moe_core.shell.headless import held, tell, typed
+from moe_core.store import MAIN, StoreError
 
 PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
 
@@ -51,7 +51,7 @@ def shootout(words: list[str]) -> int:
     try:
         shootout_from(config, place, own.seeds, tune=Search() if own.tune else None)
     except KeyboardInterrupt:
-        tell(f"{place}: paused and saved; the same command with --run {place} goes on")
+        tell(f"{place}: paused and saved; the same command with --run {typed(place)} goes on")
         return 130
     finally:
         signal.signal(signal.SIGTERM, term)
@@ -95,14 +95,15 @@ def rewind(given) -> None:
         run.rewind(given.step, name=given.name)
         if not run.attached:
             run.history.save(run._branch.id, run._trainer)  # else the next process would go back further
-        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; go on with: moe resume {given.run}")
+        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; go on with: "
+              f"moe resume {typed(given.run)}")
 
 
 def fork(given) -> None:
     with held(given.run) as run:
         _refuse_elsewhere(run, "fork")
         run.fork(given.path, given.step).close()
-        print(f"{given.path}: go on with: moe resume {given.path}")
+        print(f"{given.path}: go on with: moe resume {typed(given.path)}")
 
 
 def replay(given) -> int:
@@ -130,9 +131,14 @@ def _cuda() -> bool:
 
 def note(given) -> None:
     with held(given.run) as run:
+        before = run.store.last_event()
         run.note(given.text, given.step)
         _taken_up(run)
-        print(f"{given.run}: noted at step {run.current_step if given.step is None else given.step}")
+        noted = [e["step"] for e in run.store.read_events(run.store.get_meta("branch", MAIN), after=before)
+                 if e["kind"] == "note" and e["payload"]["text"] == given.text]
+        if not noted:
+            raise StoreError(f"{run.path}: the process that trains it took no note")
+        print(f"{given.run}: noted at step {noted[0]}")
 
 
 def knob(given) -> None:

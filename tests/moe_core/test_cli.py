@@ -94,30 +94,30 @@ def test_a_run_from_the_shell_is_told_in_those_lines_and_lies_where_it_was_asked
 
 def test_an_interrupted_run_is_resumed_to_the_same_numbers(line, tmp_path):
     """Ctrl-C in mid-run: paused at a boundary, saved, exit 130, told how; resumed, it is the uninterrupted run."""
-    process = begun(["train", "cut", *line(max_iters=100_000, eval_interval=5)], tmp_path)
-    until_step(tmp_path / "cut", 8, process)
+    process = begun(["train", "a cut", *line(max_iters=100_000, eval_interval=5)], tmp_path)
+    until_step(tmp_path / "a cut", 8, process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in told, told
-    at = int(re.search(r"paused at step (\d+) of 100000 and saved; go on with: moe resume cut", told)[1])
-    assert main(["resume", str(tmp_path / "cut"), "--steps", "7"]) == 0
+    at = int(re.search(r"paused at step (\d+) of 100000 and saved; go on with: moe resume 'a cut'", told)[1])
+    assert main(["resume", str(tmp_path / "a cut"), "--steps", "7"]) == 0
     assert main(["train", str(tmp_path / "whole"), *line(max_iters=at + 7, eval_interval=5)]) == 0
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "a cut") == metrics(tmp_path / "whole")
 
 
 def test_a_killed_run_goes_on_from_what_was_saved(line, tmp_path, capsys):
-    """kill -9, then resume --steps N: N steps from the saved state, each shown, though later rows are on disk."""
+    """kill -9, then resume --steps N: what was not saved is trained again, then N steps more on the same line."""
     path = str(tmp_path / "killed")
     process = begun(["train", path, *line(max_iters=100_000, save_interval=20, eval_interval=0)], tmp_path)
     until_step(path, 23, process)
     process.kill()
     process.communicate()
-    assert main(["resume", path, "--steps", "12"]) == 0
-    out = capsys.readouterr().out
-    saved = int(re.search(r"saved up to step (\d+); steps", out)[1])
-    assert f"iter {saved + 12:6d} |" in out
     with RunStore.open(path) as store:
-        assert store.last_step(store.get_meta("branch")) == saved + 12 and store.last_step(1) > saved
+        last = store.last_step()
+    assert main(["resume", path, "--steps", "12"]) == 0
+    assert f"iter {last + 12:6d} |" in capsys.readouterr().out
+    with RunStore.open(path) as store:
+        assert store.last_step(1) == last + 12 and len(store.branches()) == 1
 
 
 def test_a_run_that_another_process_trains_is_steered_from_the_shell(line, tmp_path, capsys):
@@ -131,6 +131,10 @@ def test_a_run_that_another_process_trains_is_steered_from_the_shell(line, tmp_p
     with RunStore.open(path) as store:
         kinds = {event["kind"]: event["payload"] for event in store.read_events()}
     assert kinds["note"]["text"] == "from a shell" and kinds["knob"]["value"] == 1.25
+    assert main(["note", path, "here"]) == 0
+    noted = int(capsys.readouterr().out.split()[-1])
+    with RunStore.open(path) as store:
+        assert [e["step"] for e in store.read_events() if e["payload"].get("text") == "here"] == [noted]
     assert main(["rewind", path, "3", "--name", "again"]) == 0
     assert "at step 3 on branch 'again'" in capsys.readouterr().out
     assert main(["resume", path, "--steps", "4"]) == 0
@@ -154,6 +158,10 @@ def test_going_back_forking_and_replaying_from_the_shell(line, tmp_path, monkeyp
     with RunStore.open("b") as store:
         assert {e["kind"] for e in store.read_events()} >= {"knob", "note"} and store.last_step() == 12
     saved = next((tmp_path / "a" / "checkpoints").glob("1-*12*"))
+    stray = tmp_path / "b" / "checkpoints" / "stray.safetensors"
+    stray.write_bytes(saved.read_bytes())
+    assert main(["resume", str(stray), "--steps", "1"]) == 2
+    assert "stray.safetensors: is a checkpoint of another run than b" in capsys.readouterr().err
     assert main(["resume", str(saved), "--steps", "1"]) == 0
     with RunStore.open("a") as store:
         assert store.last_step(1) == 13 and store.get_meta("branch") == 1
@@ -187,6 +195,7 @@ def test_an_old_log_is_listed_beside_the_runs(tmp_path, monkeypatch, capsys):
     ("ls nowhere", "nowhere: there is no such directory"), ("trian", "argument COMMAND: invalid choice: 'trian'"),
     ("resume", "the following arguments are required: RUN; see moe resume --help"),
     ("resume x --steps 0", "argument --steps: '0': must be an integer, at least 1"),
+    ("shootout x --seeds 0", "argument --seeds: '0': must be an integer, at least 1"),
     ("import nowhere.log x", "nowhere.log"), ("export nowhere --csv x.parquet", "x.parquet: must end in .csv")])
 def test_what_cannot_be_is_one_line_and_exit_code_2(words, said, tmp_path, monkeypatch, capsys):
     """No traceback, nothing written, the field or the flag named."""
@@ -202,4 +211,4 @@ def test_a_run_that_fails_says_how_to_go_on(line, tmp_path, capsys):
     path = str(tmp_path / "wild")
     assert main(["train", path, *line(learning_rate=1e30, warmup_iters=0, max_iters=400)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"moe: .*wild: stopped at step \d+: NonFiniteError: step \d+: .* 'moe resume .*wild' goes on", last)
+    assert re.match(r"moe: .*wild: stopped at step \d+: NonFiniteError: .*; go on with: moe resume \S*wild,", last)

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_core.gates import GateError, check, parse
+from moe_core.gates import GateError, check, parse, refuse_unknown
 
 
 @pytest.fixture
@@ -52,6 +52,10 @@ def test_a_metric_that_the_run_lacks_is_said_and_a_close_name_offered(metrics):
     (answer,) = check("router/frac_svr_e0 < 1", metrics)
     assert answer.state == "not reached"
     assert answer.says == "the run has no such metric; did you mean router/frac_srv_e0?"
+    with pytest.raises(GateError, match=r"gate 'val/los < 4': the run has no such metric; did you mean val/loss\?"):
+        refuse_unknown([parse("val/loss < 4"), parse("val/los < 4")], metrics)
+    refuse_unknown([parse("router/frac_srv_e* < 1")], metrics)
+    refuse_unknown([parse("val/loss < 4")], metrics.iloc[:0, :0])  # a run that has not begun
 
 
 @pytest.mark.parametrize("line", ["val/loss", "val/loss < four", "val/loss < 4 until 1400", "< 4", "val/loss in 1-2",
