@@ -12,27 +12,35 @@ n steps, L layers, E experts. A layer selection is a layer's index, or None for 
 
 from __future__ import annotations
 
-import colorsys
 import html
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from moe_core.health import healthy_band
+from widgets.colors import (
+    ALL,
+    BLUE,
+    CROWDED,
+    FAIR,
+    GREY,
+    GREYED,
+    HEALTHY,
+    MAGENTA,
+    NONE,
+    ORANGE,
+    STARVED,
+    expert_colors,
+)
 from widgets.others import joined
 from widgets.series import POINTS, Shares, thin
 
-# Petroff, "Accessible Color Sequences for Data Visualization" (2021), the sequence of eight; its khaki and
-# its pale blue are darker here: a notebook's page is white or black, and its charts cannot know which.
-PALETTE = ("#1845fb", "#ff5e02", "#c91f16", "#c849a9", "#969662", "#60bcbe", "#578dff", "#6b696a")
-BLUE, ORANGE, MAGENTA, GREY = "#578dff", "#ff5e02", "#c849a9", "#888888"
-HEALTHY = "#2e9e5b"
-STARVED, FAIR, CROWDED = "#2166ac", "#dddddd", "#d6541f"
-GREYED = "rgba(128,128,128,0.55)"  # other branches
 STEP, SHARE = "optimizer step", "share of assignments"
+LEAST = 3  # powers of two under a fair share at which a heatmap's colours end
+GAP = "   "  # between a title and each part of its key: where it may be broken
 Others = Mapping[str, pd.DataFrame] | None  # None: room for no grey lines
 
 
@@ -51,10 +59,11 @@ class Band:
 class Chart:
     """One chart, not yet placed.
 
-    ``traces``: plotly's dicts, each with a ``uid``; one with ``"yaxis": "right"`` is measured on the right
-    axis. ``x``, ``y``, ``right``: plotly's axis settings. ``rules``: (height, words) of horizontal reference
-    lines. ``bands``: healthy ranges. ``over_steps``: x is the step axis, which all such charts share. ``legend``:
-    some of its traces have entries in the figure's legend, where there is room for them.
+    ``traces``: plotly's dicts, each with a ``uid``; one with ``"yaxis": "right"`` is measured on the right axis.
+    ``x``, ``y``, ``right``: plotly's axis settings. ``rules``: (height, words) of horizontal reference lines, and
+    their color where it is a line's own; one whose height is None is not in sight. ``bands``: healthy ranges.
+    ``over_steps``: x is the step axis, which all such charts share. ``legend``: some of its traces have entries in
+    the figure's legend, where there is room for them.
     """
 
     name: str
@@ -63,25 +72,10 @@ class Chart:
     x: dict
     y: dict
     right: dict | None = None
-    rules: tuple[tuple[float, str], ...] = ()
+    rules: tuple[tuple, ...] = ()
     bands: tuple[Band, ...] = ()
     over_steps: bool = True
     legend: bool = False
-
-
-def expert_colors(n_experts: int) -> list[str]:
-    """One colour an expert: the eight of the palette, then the same hues in lighter and darker shades."""
-    rounds = -(-n_experts // len(PALETTE))
-    return [_shade(PALETTE[i % len(PALETTE)], i // len(PALETTE), rounds) for i in range(n_experts)]
-
-
-def _shade(color: str, turn: int, rounds: int) -> str:
-    if turn == 0:
-        return color
-    hue, light, strength = colorsys.rgb_to_hls(*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)))
-    room = 0.8 - light if turn % 2 else 0.25 - light  # lighter on odd rounds, darker on even ones
-    light += room * ((turn + 1) // 2) / (rounds // 2 + 1)
-    return "#" + "".join(f"{round(255 * c):02x}" for c in colorsys.hls_to_rgb(hue, light, strength))
 
 
 def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit: int = POINTS,
@@ -97,7 +91,7 @@ def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit
         for expert, color in enumerate(expert_colors(shares.n_experts)):
             traces.append(_line(
                 f"expert-{expert}-{kind}", shares.steps_n, values_nE[:, expert], color, limit,
-                f"expert {expert} {kind} %{{y:.1%}}", dash=dash, name=str(expert),
+                f"expert {expert} {kind} %{{y:{_percent(shares.n_experts, 1)}}}", dash=dash, name=str(expert),
                 legendgroup=f"expert-{expert}", showlegend=kind == "served",
                 visible=dropped or kind == "served"))
     keys = ("━ served", "┅ demand") if dropped else ("━ served = demand",)
@@ -117,28 +111,46 @@ def utilisation(experts: pd.DataFrame | Shares, layer: int | None = None) -> Cha
             "type": "bar", "uid": f"utilisation-{kind}", "x": at, "width": width, "showlegend": False,
             "y": values_nE[-1] if len(values_nE) else nothing,
             "marker": {"color": expert_colors(shares.n_experts), "opacity": opacity, "line": {"width": 0}},
-            "hovertemplate": f"expert %{{x:d}} {kind} %{{y:.1%}}<extra></extra>"})
+            "hovertemplate": f"expert %{{x:d}} {kind} %{{y:{_percent(shares.n_experts, 1)}}}<extra></extra>"})
     return Chart("utilisation", _titled(f"Utilisation {_at(shares)}, {_selection(layer)}"), tuple(traces),
                  over_steps=False, rules=_fair(shares.n_experts),
-                 x=_expert_axis(shares.n_experts, "expert (full bar: served, pale bar: demand)"),
+                 # Behind the last bar there is room for the words of the fair share.
+                 x=_expert_axis(shares.n_experts, "expert (full bar: served, pale bar: demand)") | {
+                     "range": [-0.6, 1.1 * shares.n_experts - 0.4], "tickangle": 0, "dtick": None,
+                     "tickvals": list(range(0, shares.n_experts, -(-shares.n_experts // 16)))},
                  y=_share_axis(shares.n_experts) | {"fixedrange": True})
 
 
 def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
-    """Served share of every expert in every layer at the last step, coloured by how far from fair it is."""
+    """Served share of every expert in every layer at the last step, coloured by how many times the fair share it is.
+
+    The colours are of its logarithm, from an eighth of the fair share or less up to all of a layer's assignments.
+    """
     shares = _shares(experts, None)
-    demand_LE, served_LE = np.where(np.isnan(shares.now_2LE), None, shares.now_2LE)  # JSON has no NaN
-    n_layer, n_experts, fair = len(served_LE), shares.n_experts, 1 / shares.n_experts
+    n_layer, n_experts = shares.now_2LE.shape[1:]
+    with np.errstate(divide="ignore"):
+        times_LE = np.maximum(np.log2(shares.now_2LE[1] * n_experts), -LEAST)
+    most = max(math.log2(n_experts), 1)
+    ticks = {-LEAST: "≤⅛×", -1: "½×", 0: "fair", 1: "2×"} | ({3: "8×"} if most > 4 else {}) | {most: "all"}
+    colors = {-LEAST: NONE, -1: STARVED, 0: FAIR, 1: CROWDED, most: ALL}
+    digits, percent = (0, "%") if n_experts <= 8 else (1, "")  # a cell among sixteen has no room for the sign
+    served = [[f"{100 * share:.{digits}f}{percent}" if share == share else "" for share in layer]
+              for layer in shares.now_2LE[1].tolist()]
+    named = n_experts <= 16 and n_layer <= 12
+    hover = _percent(n_experts, 1)
     trace = {
-        "type": "heatmap", "uid": "heatmap", "z": served_LE, "customdata": demand_LE, "showlegend": False,
-        "zmin": 0, "zmid": fair, "zmax": 2 * fair, "xgap": 2 * (n_experts <= 32), "ygap": 2 * (n_layer <= 32),
-        "colorscale": [[0, STARVED], [0.5, FAIR], [1, CROWDED]],
-        "texttemplate": "%{z:.0%}" if n_experts <= 8 and n_layer <= 12 else "", "textfont": {"size": 10},
-        "colorbar": {"tickvals": [0, fair, 2 * fair], "ticktext": ["0", f"1/{n_experts}", f"≥2/{n_experts}"],
-                     "thickness": 8, "outlinewidth": 0, "tickfont": {"size": 10}, "xpad": 4},
-        "hovertemplate": ("layer %{y}, expert %{x}<br>served %{z:.1%}, demand %{customdata:.1%}"
-                          "<extra></extra>")}
-    return Chart("layer_heatmap", _titled(f"Served share by layer {_at(shares)}"), (trace,), over_steps=False,
+        "type": "heatmap", "uid": "heatmap", "z": np.where(np.isnan(times_LE), None, times_LE),  # JSON has no NaN
+        "customdata": np.where(np.isnan(shares.now_2LE), None, shares.now_2LE).transpose(1, 2, 0),
+        "text": np.array(served, object), "showlegend": False, "zmin": -LEAST, "zmax": most,
+        "xgap": 2 * (n_experts <= 32), "ygap": 2 * (n_layer <= 32),
+        "colorscale": [[(at + LEAST) / (most + LEAST), color] for at, color in colors.items()],
+        "texttemplate": "%{text}" if named else "", "textfont": {"size": 10 if n_experts <= 8 else 8},
+        "colorbar": {"tickvals": list(ticks), "ticktext": list(ticks.values()), "thickness": 8, "outlinewidth": 0,
+                     "tickfont": {"size": 10}, "xpad": 4},
+        "hovertemplate": (f"layer %{{y}}, expert %{{x}}<br>served %{{customdata[1]:{hover}}}, "
+                          f"demand %{{customdata[0]:{hover}}}<extra></extra>")}
+    title = f"Served share by layer {_at(shares)}" + (", in %" if named and not percent else "")
+    return Chart("layer_heatmap", _titled(title), (trace,), over_steps=False,
                  x=_expert_axis(n_experts, "expert"),
                  y={"title": "layer", "dtick": -(-n_layer // 16), "autorange": "reversed", "fixedrange": True,
                     "showgrid": False})
@@ -179,7 +191,7 @@ def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, 
         bands = (Band(*healthy_band(of_entropy, n_experts, top_k), "healthy entropy", BLUE),
                  Band(*healthy_band(of_top1, n_experts, top_k), "healthy probability", ORANGE, right=True))
     return Chart(
-        "confidence", _titled("Router", _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
+        "confidence", _titled(_named("Router", layer), _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
             *_grey("entropy", others, of_entropy, "entropy %{y:.3f} nats"),
             _line("entropy", metrics.index, _column(metrics, of_entropy), BLUE, limit, "entropy %{y:.3f} nats"),
             _line("top1-p", metrics.index, _column(metrics, of_top1), ORANGE, limit, "top-1 probability %{y:.3f}",
@@ -190,17 +202,30 @@ def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, 
 
 def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS,
                   others: Others = None, top_k: int | None = None) -> Chart:
-    """The largest demand of one expert, and the share of assignments that capacity dropped."""
+    """The largest demand of one expert, and the share of assignments that capacity dropped.
+
+    The healthy range that is shaded is that of the largest demand; the others' limits are lines in their colors.
+    """
     largest = _of_layer("router/max_frac_mean", layer)
     lines = (("max-frac-worst", "worst layer", ORANGE, "router/max_frac_max"),
              ("max-frac", "largest demand", MAGENTA, largest),
              ("drop-frac", "dropped", GREY, _of_layer("router/drop_frac_mean", layer)))
-    drawn = [_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} %{{y:.1%}}")
+    hover = f"%{{y:{_percent(n_experts, 1)}}}"
+    drawn = [_line(uid, metrics.index, _column(metrics, name), color, limit, f"{words} {hover}")
              for uid, words, color, name in lines]
-    return Chart("concentration", _titled("Load", *(_key(color, words) for _, words, color, _ in lines)),
-                 (*_grey("max-frac", others, largest, "largest demand %{y:.1%}"), *drawn), x={"title": STEP},
-                 y=_share_axis(n_experts), rules=_fair(n_experts),
-                 bands=_share_band(largest, n_experts, top_k, *(line["y"] for line in drawn)))
+    keys = {uid: words for uid, words, _, _ in lines}
+    bands, rules = _share_band(largest, n_experts, top_k, *(line["y"] for line in drawn)), _fair(n_experts)
+    if bands:
+        top = _top(n_experts, *(line["y"] for line in drawn))
+        bands = (replace(bands[0], words="healthy largest demand", color=MAGENTA),)
+        for uid, words, color, name in (lines[0], lines[2]):
+            most = healthy_band(name, n_experts, top_k)[1]
+            keys[uid] = f"{words} (┅ ≤ {most:.0%})"
+            rules += ((most if most < top else None, "", color),)
+    return Chart("concentration",
+                 _titled(_named("Load", layer), *(_key(color, keys[uid]) for uid, _, color, _ in lines)), (
+                     *_grey("max-frac", others, largest, f"largest demand {hover}"), *drawn), x={"title": STEP},
+                 y=_share_axis(n_experts), rules=rules, bands=bands)
 
 
 def clipping(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
@@ -239,8 +264,8 @@ def biases(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limi
 def _line(uid: str, x, y, color: str, limit: int, hover: str, dash: str = "solid", width: float = 1.5,
           **more) -> dict:
     x, y = thin(x, y, limit)
-    return {"type": "scatter", "mode": "lines", "uid": uid, "x": x, "y": y, "showlegend": False,
-            "line": {"color": color, "width": width, "dash": dash},
+    return {"type": "scatter", "mode": "lines+markers" if len(x) == 1 else "lines", "marker": {"size": 5}, "uid": uid,
+            "x": x, "y": y, "showlegend": False, "line": {"color": color, "width": width, "dash": dash},
             "hovertemplate": f"{hover}<br>step %{{x:d}}<extra></extra>"} | more
 
 
@@ -259,8 +284,12 @@ def _share_band(metric: str, n_experts: int, top_k: int | None, *drawn: np.ndarr
     if top_k is None or n_experts <= top_k:
         return ()
     low, high = healthy_band(metric, n_experts, top_k)
-    top = max([1.6 / n_experts, *(np.nanmax(values) for values in drawn if np.isfinite(values).any())])
-    return (Band(low or 0.0, min(high, 1.06 * float(top)), "healthy", HEALTHY),)
+    return (Band(low or 0.0, min(high, _top(n_experts, *drawn)), "healthy", HEALTHY),)
+
+
+def _top(n_experts: int, *drawn: np.ndarray) -> float:
+    """How far up a chart of shares reaches."""
+    return 1.06 * float(max([1.6 / n_experts, *(np.nanmax(y) for y in drawn if np.isfinite(y).any())]))
 
 
 def _shares(experts: pd.DataFrame | Shares, layer: int | None) -> Shares:
@@ -282,13 +311,22 @@ def _selection(layer: int | None) -> str:
     return "mean of layers" if layer is None else f"layer {layer}"
 
 
+def _named(title: str, layer: int | None) -> str:
+    return title if layer is None else f"{title}, layer {layer}"
+
+
+def _percent(n_experts: int, more: int = 0) -> str:
+    """How a share is written: as exactly as an axis about 1/E needs, or with ``more`` digits."""
+    return f".{max(math.ceil(math.log10(n_experts / 3.2)) - 1, 0) + more}%"
+
+
 def _at(shares: Shares) -> str:
     return f"at step {shares.steps_n[-1]}" if len(shares.steps_n) else "before step 1"
 
 
 def _share_axis(n_experts: int) -> dict:
     """From 0, and far enough up that a balanced router's wiggles do not fill the chart."""
-    return {"title": SHARE, "tickformat": ".0%", "rangemode": "tozero",
+    return {"title": SHARE, "tickformat": _percent(n_experts), "rangemode": "tozero",
             "autorangeoptions": {"include": 1.6 / n_experts}}
 
 
@@ -306,4 +344,4 @@ def _key(color: str, words: str, sign: str = "━") -> str:
 
 def _titled(words: str, *keys: str) -> str:
     """A title with the key to the chart's lines behind it: no legend to lay out, nothing to overlap."""
-    return "   ".join([f"<b>{words}</b>", *keys])
+    return GAP.join([f"<b>{words}</b>", *keys])

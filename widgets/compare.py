@@ -132,7 +132,7 @@ def overlay(records: Sequence[Record], names: Sequence[str], metric: str, unit: 
             "hovertemplate": f"{said}<br>{shown} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
     chart = Chart(key, f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
                   legend=True)
-    return figures.figure(chart, width=520).update_layout(legend_title_text="")
+    return figures.figure(chart, width=520)
 
 
 def _key(metric: str) -> str:

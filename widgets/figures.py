@@ -6,6 +6,8 @@ Sizes are pixels at the width that a figure is laid out for; on another width th
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from widgets import charts
-from widgets.charts import Chart, Others
+from widgets.charts import GAP, Chart, Others
 from widgets.marks import Marks
 from widgets.others import other_branches
 from widgets.series import POINTS, Shares, within
@@ -24,7 +26,10 @@ FONT = {"family": "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial
         "color": TEXT}
 WIDTH = 1100  # a JupyterLab cell on a common screen
 WIDE, MEDIUM = 900, 560  # least widths for three columns and for two
-TITLE, LEGEND, AXIS = 30, 24, 46  # above a chart its title and legend; below it ticks and the axis' title
+TITLE, LINE, LEGEND, AXIS = 30, 16, 24, 46  # above a chart its title, each line more, its legend; below it its axis
+ROWS = 3  # of a legend, at most
+NOT_OFFERED = ("select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d")  # buttons over a figure, over its titles
+LETTER = 6.6  # pixels of a letter of a title, on average
 LEFT, RIGHT, BARE = 56, 52, 14  # beside a chart: the y axis; a right axis or colour bar; nothing
 TALL, LOW = 230, 150  # plotting areas of the experts' row and of the others
 
@@ -116,8 +121,12 @@ def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[
     first = [[p.chart for p in places if p.row == row] for row in range(rows)]  # the charts that begin there
     area = [TALL if rows == 1 or any(c.name == "expert_lines" for c in row) else LOW for row in first]
     cell = width / columns
-    legends = [p.row for p in places if _legend_fits(p, cell)]
-    head = [TITLE + LEGEND * (row in legends) for row in range(rows)]
+    legends = {p.row: lines for p in places if (lines := _legend_lines(p.chart, width))}
+    titles = [_fitted(p.chart.title, cell * p.columns - 16) for p in places]
+    lines = [max((title.count("<br>") for p, title in zip(places, titles, strict=True) if p.row == row), default=0)
+             for row in range(rows)]
+    head = [TITLE + LINE * lines[row] + (LEGEND + LINE * (legends[row] - 1) if row in legends else 0)
+            for row in range(rows)]
     top = [sum(head[:row]) + sum(area[:row]) + AXIS * row for row in range(rows + 1)]  # of a row
     side = [RIGHT if any(p.last_column == column and _is_wide(p.chart) for p in places) else BARE
             for column in range(columns)]
@@ -126,26 +135,46 @@ def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[
     traces: list[dict] = []
     layout = _base(height)
     steps = next((k for k, p in enumerate(places, 1) if p.chart.over_steps), None)
-    for k, p in enumerate(places, 1):
+    for k, (p, title) in enumerate(zip(places, titles, strict=True), 1):
         left, right = cell * p.column, cell * (p.last_column + 1)
         x = [(left + LEFT) / width, (right - side[p.last_column]) / width]
         y = [1 - (top[p.row + p.rows] - AXIS) / height, 1 - (top[p.row] + head[p.row]) / height]
         _add(traces, layout, p.chart, k, x, y, marks, None if k == steps else _id("x", steps))
         layout["annotations"].append({
-            "text": p.chart.title, "x": (left + 8) / width, "y": 1 - (top[p.row] + 6) / height,
+            "text": title, "x": (left + 8) / width, "y": 1 - (top[p.row] + 6) / height,
             "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top", "align": "left",
             "showarrow": False, "font": {"size": 12}})
         if p.row in legends and p.chart.legend:
             layout["showlegend"] = True
-            layout["legend"] |= {"x": (left + 8) / width, "y": 1 - (top[p.row] + TITLE - 4) / height}
+            above = top[p.row] + TITLE - 4 + LINE * lines[p.row]
+            layout["legend"] |= {"x": left / width, "y": 1 - above / height}
     return traces, layout
 
 
-def _legend_fits(place: Place, cell: float) -> bool:
-    """Whether a chart's legend has room on one line. Without it, hovering says which line is whose."""
-    names = [trace["name"] for trace in place.chart.traces if trace["showlegend"]]
-    entry = 40 + 7 * max(map(len, names), default=0)
-    return place.chart.legend and entry * len(names) + 60 <= cell * place.columns
+def _legend_lines(chart: Chart, width: int) -> int:
+    """On how many lines, as wide as the figure, a chart's legend has room.
+
+    0 for none or too many: then hovering says which line is whose.
+    """
+    names = [trace["name"] for trace in chart.traces if trace["showlegend"]]
+    if not chart.legend or not names:
+        return 0
+    lines = math.ceil(len(names) * (46 + 7 * max(map(len, names))) / max(width - 24, 1))
+    return lines if lines <= ROWS else 0
+
+
+def _fitted(title: str, width: float) -> str:
+    """A title with its key, broken between the parts of it where a line would be longer than ``width`` pixels."""
+    lines, taken = [], math.inf
+    for part in title.split(GAP):
+        long = LETTER * len(re.sub(r"<[^>]*>", "", part))
+        if taken + long > width:
+            lines.append(part)
+            taken = long
+        else:
+            lines[-1] += GAP + part
+            taken += long + LETTER * len(GAP)
+    return "<br>".join(lines)
 
 
 def step_axes(layout: dict) -> list[str]:
@@ -165,7 +194,8 @@ def _add(traces: list, layout: dict, chart: Chart, k: int, x: list[float], y: li
     layout[_key(x_id)] = _axis(chart.x) | {"domain": x, "anchor": y_id, "zeroline": False}
     layout[_key(y_id)] = _axis(chart.y) | {"domain": y, "anchor": x_id, "zeroline": False}
     if chart.over_steps:
-        layout[_key(x_id)] |= {"nticks": 8, "tickformat": ",d", "showgrid": False, "rangemode": "tozero"}
+        layout[_key(x_id)] |= {"nticks": 8, "tickformat": ",d", "showgrid": False, "rangemode": "tozero",
+                               "autorangeoptions": {"include": 8}}  # fewer steps would have ticks between them
         if matches:
             layout[_key(x_id)]["matches"] = matches
         layout[_key(marks_id)] = {"overlaying": y_id, "anchor": x_id, "range": [0, 1], "fixedrange": True,
@@ -188,14 +218,15 @@ def _add(traces: list, layout: dict, chart: Chart, k: int, x: list[float], y: li
             "type": "rect", "xref": f"{x_id} domain", "yref": right_id if band.right else y_id, "x0": 0, "x1": 1,
             "y0": band.low, "y1": band.high, "line": {"width": 0}, "fillcolor": f"rgba({shade},{BAND})",
             "layer": "below", "label": {
-                "text": band.words, "textposition": "bottom right" if band.right else "bottom left", "padding": 1,
+                "text": band.words, "textposition": "bottom right" if band.right else "top left", "padding": 1,
                 "font": {"size": 9, "color": band.color}}})
-    for value, words in chart.rules:
+    for value, words, *own in chart.rules:
         layout["shapes"].append({
-            "type": "line", "xref": f"{x_id} domain", "yref": y_id, "x0": 0, "x1": 1, "y0": value,
-            "y1": value, "line": {"color": RULE, "width": 1, "dash": "dash"}, "layer": "below",
+            "type": "line", "xref": f"{x_id} domain", "yref": y_id, "x0": 0, "x1": 1, "y0": value or 0,
+            "y1": value or 0, "visible": value is not None, "layer": "below",
+            "line": {"color": own[0] if own else RULE, "width": 1, "dash": "dot" if own else "dash"},
             "label": {"text": words, "textposition": "end", "yanchor": "bottom", "padding": 1,
-                      "font": {"size": 9}}})
+                      "font": {"size": 9, "color": own[0] if own else TEXT}}})
 
 
 def _id(axis: str, number: int) -> str:
@@ -222,8 +253,7 @@ def _base(height: int) -> dict:
         "hovermode": "closest", "hoverlabel": {"font": {"size": 12}, "align": "left", "namelength": 0},
         "modebar": {"bgcolor": clear, "color": RULE, "activecolor": TEXT, "orientation": "v"},
         "legend": {"orientation": "h", "xanchor": "left", "yanchor": "top", "bgcolor": clear,
-                   "title": {"text": "expert ", "font": {"size": 11}}, "font": {"size": 11},
-                   "itemwidth": 30, "tracegroupgap": 0, "groupclick": "togglegroup"},
+                   "font": {"size": 11}, "itemwidth": 30, "tracegroupgap": 0, "groupclick": "togglegroup"},
         "showlegend": False, "shapes": [], "annotations": []}
 
 

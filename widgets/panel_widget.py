@@ -18,7 +18,10 @@ from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
 from traitlets import Dict, observe
 
-MOVING = ("x", "y", "z", "customdata", "text", "marker.symbol", "marker.opacity")  # what grows in a trace
+from widgets.figures import NOT_OFFERED
+
+# What grows in a trace.
+MOVING = ("x", "y", "z", "customdata", "text", "mode", "marker.symbol", "marker.opacity")
 
 # Plotly's view listens to its model for good. After its cell is run again the first view, gone from the page,
 # still hears of each update, fails in drawing it, and keeps the view that took its place from hearing of it.
@@ -75,7 +78,7 @@ class PanelFigure(go.FigureWidget):
         super().__init__(traces, layout)
         self._view_count = None  # nobody asks; a page would send it while it takes a closed figure off
         self._config = {"displaylogo": False, "showSendToCloud": False,
-                        "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+                        "modeBarButtonsToRemove": list(NOT_OFFERED)}
 
     @property
     def guard(self) -> threading.RLock:

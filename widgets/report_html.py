@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from plotly.offline import get_plotlyjs
 
+from widgets.figures import NOT_OFFERED
 from widgets.rendered import note_html
 from widgets.report_blocks import (
     Bullets,
@@ -29,6 +30,7 @@ from widgets.report_blocks import (
     Tiles,
     pieces,
 )
+from widgets.report_figures import NARROW
 from widgets.report_style import STYLE
 from widgets.spark import spark
 
@@ -36,10 +38,11 @@ USUAL = ("knob", "note", "checkpoint", "branch", "imported", "ok", "watch", "ala
 
 # Draws every chart in the width that it has. A page that is printed is laid out anew without telling its charts: they
 # are drawn in the width of paper before, and as they were behind it.
-DRAW = """
+OPTIONS = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": NOT_OFFERED}
+DRAW = f"const options = {json.dumps(OPTIONS)};" + """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const {data, layout} = JSON.parse(document.getElementById("chart-" + figure.dataset.chart).textContent);
-  Plotly.newPlot(figure.firstElementChild, data, layout, {responsive: true, displaylogo: false});
+  Plotly.newPlot(figure.firstElementChild, data, layout, options);
 }
 const fit = (size) => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, size));
 addEventListener("beforeprint", () => fit({autosize: false, width: 660}));
@@ -130,8 +133,10 @@ def _picture(picture: Picture, drawings: Mapping[str, bytes] | None) -> str:
     # A script element ends at the first "</script": inside JSON "<" can be said another way.
     data = json.dumps(json.loads(picture.figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
     height = int(picture.figure.layout.height)
+    entries = sum(trace.showlegend is not False for trace in picture.figure.data)
+    least = max(54 * min(entries, 16) + 80, 640) if picture.wide else NARROW  # below it a figure is scrolled
     return (f'<figure{wide} data-chart="{picture.name}" role="figure" aria-label="{label}">'
-            f'<div style="height:{height}px"></div></figure>'
+            f'<div style="height:{height}px;min-width:{least}px"></div></figure>'
             f'<script type="application/json" id="chart-{picture.name}">{data}</script>')
 
 

@@ -44,7 +44,7 @@ margin-right:7px}
 .moe-spark polyline{stroke:currentColor;stroke-width:1.4;stroke-linejoin:round}
 .moe-spark circle{fill:currentColor}.moe-spark .moe-band{fill:var(--ok);opacity:.13}
 .pictures{display:grid;grid-template-columns:1fr 1fr;gap:18px 20px;margin:18px 0}
-figure{margin:0;min-width:0}figure.wide{grid-column:1/-1}
+figure{margin:0;min-width:0;overflow:auto hidden}figure.wide{grid-column:1/-1}
 figure svg.main-svg,figure>img{display:block;width:100%;height:auto}
 .entry{position:relative;margin:0;padding:0 0 18px 30px;border-left:2px solid var(--line);margin-left:6px}
 .entry:last-of-type{padding-bottom:4px}
@@ -58,7 +58,8 @@ background:var(--own,var(--accent));border:2px solid var(--page)}
 .said{border-left:3px solid var(--line);padding:1px 0 1px 14px;margin:6px 0;max-width:80ch;overflow-wrap:anywhere}
 .said :is(h1,h2,h3,h4,h5,h6){font-size:15px;margin:8px 0 4px}.said p{margin:4px 0}
 footer{margin-top:56px;color:var(--soft);font-size:12.5px}
-@media (max-width:760px){.pictures{grid-template-columns:1fr}main{padding:24px 16px 60px}}
+@media (max-width:1100px){.pictures{grid-template-columns:1fr}}
+@media (max-width:760px){main{padding:24px 16px 60px}}
 @media print{:root{--page:#fff;--ink:#000;--soft:#444;--line:#ccc;--card:#fff;--code:#f1f1f1;--link:#000;--ok:#12633a;
 --watch:#834a00;--alarm:#a01f17;--none:#444;--accent:#2b49b8;color-scheme:light}
 body{font-size:10.5pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
@@ -69,5 +70,6 @@ figure,tr,.tile,pre{break-inside:avoid}.scroll{overflow:visible}
 code,pre{font-size:8.5pt}td code,th code{white-space:pre-wrap;background:none;padding:0}
 .moe-spark{width:110px;height:auto}.tiles{grid-template-columns:repeat(5,1fr);gap:8px}.tile{padding:8px 10px}
 .tile b{font-size:16pt}
+figure>div{min-width:0!important}
 .modebar-container{display:none}}
 """

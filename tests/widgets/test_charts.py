@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -54,7 +55,10 @@ def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
         name = "router/entropy_mean" + ("" if layer is None else f"/layer_{layer}")
         np.testing.assert_allclose(shown["entropy"].y, metrics[name], rtol=1e-6)
     last = experts[experts.step == 40].pivot(index="layer", columns="expert", values="served")
-    np.testing.assert_allclose(np.array(shown["heatmap"].z, float), last, rtol=1e-6)
+    heat = shown["heatmap"]  # coloured by the logarithm of share / (1/E), and never under an eighth
+    np.testing.assert_allclose(np.array(heat.z, float), np.maximum(np.log2(last * 4), -3), rtol=1e-5)
+    np.testing.assert_allclose(np.array(heat.customdata, float)[..., 1], last, rtol=1e-6)
+    assert heat.zmax == 2 and heat.text[0][0] == f"{100 * last[0][0]:.0f}%"  # everything to one expert of four
     assert shown["val-loss"].x.tolist() == [10, 20, 30, 40]
     np.testing.assert_allclose(shown["clip-ratio"].y, metrics["grad/clipped_cum"] / metrics.index, rtol=1e-5)
 
@@ -93,6 +97,12 @@ def test_healthy_ranges_are_shaded_where_the_guide_has_them_and_squeeze_no_line(
     band, = charts.expert_lines(experts, layer=1, top_k=1).bands
     assert (band.low, band.high) == healthy_band("router/frac_srv_e0", 4)  # some expert's line goes beyond
     assert all(shape.layer == "below" for shape in bands) and len(bands) == 4
+    # The largest demand alone is shaded; the others of that chart have a limit each, in their own color.
+    limits = {shape.line.color: shape for shape in fig.layout.shapes
+              if shape.line.dash == "dot" and shape.yref == axes["max-frac"]}
+    for uid, limit, seen in (("max-frac-worst", 0.7, False), ("drop-frac", 0.02, True)):
+        shape = limits[by_uid(fig)[uid].line.color]
+        assert shape.visible == seen and (not seen or shape.y0 == limit)
     assert not [shape for shape in panel_figure(metrics, experts, events).layout.shapes if shape.type == "rect"]
 
 
@@ -107,6 +117,36 @@ def test_every_step_axis_has_every_mark_and_all_move_together(data):
         assert trace.xaxis == "x" or axis.matches == "x"
         assert trace.x[trace.y == 0].tolist() == [7, 30]
         assert "Router temperature: held at 2" in trace.text[0]
+
+
+@pytest.mark.parametrize("width", (400, 560, 650, 850, 1100))
+def test_no_title_reaches_into_the_next_chart(data, width):
+    """With a layer and every key: each line of a title ends before its chart does, and its last is above the axes."""
+    metrics, experts, events = data
+    metrics = metrics.assign(**{"train/mtp": metrics["train/loss"]})
+    fig = panel_figure(metrics, experts, events, layer=1, width=width, top_k=1, others={"b": metrics})
+    columns = {1: 1, 2: 2, 3: 3}[3 if width >= 900 else 2 if width >= 560 else 1]
+    for at, title in enumerate(fig.layout.annotations):
+        room = width * (1 if at else min(2, columns) / columns) / (columns if at else 1)
+        for words in title.text.split("<br>"):
+            assert 6.2 * len(re.sub("<[^>]*>", "", words)) < room
+    assert "Router, layer 1" in fig.layout.annotations[4].text
+
+
+def test_one_step_is_a_point_and_its_axis_counts_in_whole_steps(data):
+    metrics, experts, _ = data
+    one = panel_figure(metrics.iloc[:1], experts[experts.step == 1], None)
+    lines = [trace for trace in one.data if trace.type == "scatter" and not trace.uid.endswith("-marks")]
+    assert {trace.mode for trace in lines if len(trace.x) == 1} == {"lines+markers"}
+    assert all(axis["autorangeoptions"]["include"] == 8 for name, axis in one.layout.to_plotly_json().items()
+               if name.startswith("xaxis") and axis["title"]["text"] == "optimizer step")
+
+
+@pytest.mark.parametrize(("n_experts", "axis", "hover"), ((8, ".0%", ".1%"), (16, ".0%", ".1%"), (128, ".1%", ".2%")))
+def test_shares_are_written_as_exactly_as_their_number_asks(n_experts, axis, hover):
+    shares = Shares.of(np.arange(1, 3), np.full((2, 2, 1, n_experts), 1 / n_experts, np.float32))
+    chart = charts.expert_lines(shares)
+    assert chart.y["tickformat"] == axis and f"%{{y:{hover}}}" in chart.traces[0]["hovertemplate"]
 
 
 @pytest.mark.parametrize("width", (400, 700, 850, 1100, 1600))
@@ -154,7 +194,7 @@ def test_an_untrained_run_draws_empty_charts(data):
 
 
 def test_experts_can_be_told_apart_by_colour_blind_readers_on_white_and_on_black():
-    """The eight colours differ for three kinds of colour blindness, and stand out from either page.
+    """Eight colours, sixteen too, differ for three kinds of colour blindness, and stand out from either page.
 
     The simulation is that of Machado, Oliveira and Fernandes (2009) at full strength; the distance is CIE76,
     where 2.3 is just noticeable; contrast is that of WCAG 2.
@@ -175,14 +215,15 @@ def test_experts_can_be_told_apart_by_colour_blind_readers_on_white_and_on_black
         f = np.cbrt(np.clip(rgb, 1e-4, 1) @ to_xyz.T / [0.9505, 1, 1.089])
         return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
-    colors = linear(charts.expert_colors(8))
-    for kind, matrix in seen_as.items():
-        points = lab(colors @ np.array(matrix).T)
-        nearest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(points, 2))
-        assert nearest > 14, kind
-    light, page = colors @ to_xyz[1], linear(["#111111"]) @ to_xyz[1]
-    assert (1.05 / (light + 0.05)).min() > 2.2
-    assert ((light + 0.05) / (page + 0.05)).min() > 2.8
+    for n, on_white, on_black in ((8, 2.2, 2.8), (16, 2.0, 2.0)):
+        colors = linear(charts.expert_colors(n))
+        for kind, matrix in seen_as.items():
+            points = lab(colors @ np.array(matrix).T)
+            nearest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(points, 2))
+            assert nearest > 14, (n, kind)
+        light, page = colors @ to_xyz[1], linear(["#111111"]) @ to_xyz[1]
+        assert (1.05 / (light + 0.05)).min() > on_white
+        assert ((light + 0.05) / (page + 0.05)).min() > on_black
 
 
 @pytest.mark.parametrize("n_experts", (1, 8, 16, 64))
