@@ -19,7 +19,7 @@ from moe_core.attach import Attached
 from moe_core.config import RunConfig
 from moe_core.face import Face
 from moe_core.history import History
-from moe_core.knobs import Knobs
+from moe_core.knobs import Knobs, check_turn
 from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
 from moe_core.session import Command, Session
@@ -173,9 +173,12 @@ class Run(Timeline, Face):
             return self._save(command.payload["name"])
         if command.kind == "look":  # somebody reads the state between two steps: nothing to write down
             return command.payload["look"](self._trainer)
+        if command.kind not in ("knob", "note", "finding"):
+            raise ValueError(f"{command.kind!r}: unknown command; there are knob, note, finding, checkpoint and look")
         payload = dict(command.payload)
         step = payload.pop("at", self._step)
         if command.kind == "knob":
+            check_turn(self._knobs[payload["name"]].spec.name, payload["mode"], payload.get("value"), payload.get("over"))
             # The first step that it can act on: one whose row is not on disk yet has been taken.
             step = self._step + len(self._unwritten) + 1
             self._knobs.turn(payload, step)

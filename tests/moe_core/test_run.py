@@ -128,8 +128,11 @@ def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
 def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run):
     """It is refused, and what comes after it is applied."""
     run = tiny_run()
-    with pytest.raises(mc.KnobError, match="typo"):
-        run.session.post(Command("knob", {"name": "typo", "mode": "hold", "value": 1.0}))
+    for command, line in ((Command("knob", {"name": "typo", "mode": "hold", "value": 1.0}), "typo"),
+                          (Command("knob", {"name": "router_temp", "mode": "hold", "value": float("nan")}), "nan"),
+                          (Command("dance", {}), "unknown command")):
+        with pytest.raises(ValueError, match=line):
+            run.session.post(command)
     run.note("still here")
     run.step(1)
     assert run.session.pending() == [] and list(run.events()["kind"])[-1] == "note"
