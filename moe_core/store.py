@@ -129,6 +129,11 @@ class RunStore:
             self._remember(layout, tuple(json.loads(names)), (2, layers, experts) if layers else None)
         self.set_meta("writer", access.me())
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed here."""
+        return self._closed
+
     def close(self) -> None:
         """Let the run go, for another to write. Again is harmless; any other use after it is a StoreError."""
         with self._pool:

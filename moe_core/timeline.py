@@ -119,9 +119,14 @@ class Timeline:
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
         self._go_back(self._branch.id, step, name, wait)
 
+    @property
+    def undo_step(self) -> int | None:
+        """The step that :meth:`undo` goes back to; None where no chunk was trained here since the run was opened."""
+        return self.history.snapshot_before(self._branch.id, self._step)
+
     def undo(self, wait: bool = True) -> None:
         """Back to where the last chunk started, on a new branch; at once, from a snapshot in memory."""
-        step = self.history.snapshot_before(self._branch.id, self._step)
+        step = self.undo_step
         if step is None:
             raise ValueError("undo: no chunk was trained here since this run was opened; use rewind(step)")
         self.rewind(step, wait=wait)
