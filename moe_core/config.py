@@ -25,16 +25,16 @@ MIRRORS = ("wandb", "tensorboard", "trackio")
 class ModelConfig(Checked):
     """The architecture. ``n_experts=0`` makes every block dense."""
 
-    vocab_size: int = field_of(32768, "rows of the embedding; where a tokenizer is named, settled from it", ge=2)
+    vocab_size: int = field_of(32768, "rows of the embedding; with a named tokenizer, set from it", ge=2)
     n_layer: int = field_of(10, "blocks", ge=1)
     n_head: int = field_of(8, "attention heads", ge=1)
     n_kv_heads: int | None = field_of(None, "heads of keys and values; None: n_head (no GQA)", ge=1)
     d_model: int = field_of(512, "model width", ge=8)
     block_size: int = field_of(2048, "tokens in a sequence", ge=2)
-    n_experts: int = field_of(8, "routed experts in a block; 0: a dense model", ge=0)
+    n_experts: int = field_of(8, "routed experts per block; 0: a dense model", ge=0)
     skip_first_n_moe: int = field_of(0, "dense blocks before the first routed one", ge=0)
     expert_width: int | None = field_of(
-        None, "hidden width of an expert; None: 2.75 d_model, up to a multiple of 8", ge=1)
+        None, "hidden width of an expert; None: 2.75 d_model, rounded up to a multiple of 8", ge=1)
     n_shared_experts: int = field_of(0, "experts of expert_width beside the routed ones, for every token", ge=0)
     mlp: str = field_of("swiglu", "MLP of a dense block", choices=("swiglu", "gelu"))
     mlp_width: int | None = field_of(
@@ -107,16 +107,16 @@ class RouterConfig(Checked):
 
     routing: str = field_of(
         "token", "who chooses: each token its experts, or each expert its tokens", choices=("token", "expert"))
-    top_k: int = field_of(1, "experts a token; where experts choose, on average at capacity_factor = 1", ge=1)
+    top_k: int = field_of(1, "experts per token; where experts choose, the average at capacity_factor = 1", ge=1)
     router_scores: str = field_of("softmax", "what weighs a pick", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = field_of(False, "divide the K weights by their sum (K > 1 only)")
     dropless: bool = field_of(True, "no expert ever turns a token away; False: capacity_factor limits each")
     capacity_factor: float = field_of(1.25, "room of an expert, in fair shares; unused when dropless", gt=0)
     balance: str = field_of("aux", "what keeps the load even", choices=("aux", "bias", "both", "none"))
-    bias_update_speed: float = field_of(1e-3, "step of the balance bias, a training step; with 'bias' and 'both'", ge=0)
+    bias_update_speed: float = field_of(1e-3, "how far the balance bias moves per step; with 'bias' and 'both'", ge=0)
     load_balance_alpha: float = field_of(0.05, "weight of the balance loss; with 'aux' and 'both'", ge=0)
     sequence_balance_alpha: float = field_of(
-        0.0, "weight of the balance loss within each sequence, beside any balance", ge=0)
+        0.0, "weight of the balance loss within each sequence, with any balance", ge=0)
     router_z_loss_coef: float = field_of(1e-3, "weight of the z-loss on the raw logits", ge=0)
     router_temp_init: float = field_of(1.5, "divisor of the logits at step 1", gt=0)
     router_temp_final: float = field_of(1.0, "divisor once it is annealed", gt=0)
@@ -172,7 +172,7 @@ class DataConfig(Checked):
     shuffle_buffer: int = field_of(8192, "windows that a stream is shuffled among", ge=1)
     eval_take: int = field_of(512, "validation documents taken from a stream", ge=1)
     num_workers: int = field_of(0, "processes that tokenise a stream beside training; 0: a thread", ge=0)
-    prefetch_factor: int = field_of(2, "ready ahead, a worker: chunks of a stream's text, or batches for a GPU", ge=1)
+    prefetch_factor: int = field_of(2, "prefetched per worker: chunks of a stream's text, or batches for a GPU", ge=1)
 
     def _check(self):
         for name in ("dataset_name", "text_key", "split"):
@@ -200,9 +200,9 @@ class OptimConfig(Checked):
     weight_decay: float = field_of(0.1, "AdamW's decoupled decay; norms and biases never decay", ge=0)
     beta1: float = field_of(0.9, "AdamW's first moment", ge=0, lt=1)
     beta2: float = field_of(0.95, "AdamW's second moment", ge=0, lt=1)
-    grad_clip: float = field_of(1.0, "largest norm of the whole gradient", gt=0)
-    batch_size: int = field_of(8, "sequences in a micro-batch", ge=1)
-    gradient_accumulation_steps: int = field_of(1, "micro-batches in a step", ge=1)
+    grad_clip: float = field_of(1.0, "norm to which a larger gradient is scaled down", gt=0)
+    batch_size: int = field_of(8, "sequences per micro-batch", ge=1)
+    gradient_accumulation_steps: int = field_of(1, "micro-batches per step", ge=1)
     embed_lr: float | None = field_of(None, "peak rate of the tied embedding; None: as the rest", gt=0)
     router_optimizer: str = field_of(
         "aux", "rule of the router's matrix beside Muon; aux: that of the rest", choices=("aux", "muon"))
@@ -214,13 +214,13 @@ class OptimConfig(Checked):
     muon_dtype: str = field_of(
         "bfloat16", "type of the Newton-Schulz steps", choices=("bfloat16", "float32", "float64"))
     starved_experts: str = field_of(
-        "reference", "Muon on experts without tokens; skip: left alone", choices=("reference", "skip"))
+        "reference", "what Muon does with experts without tokens; skip: leave them alone", choices=("reference", "skip"))
     sophia_lr: float = field_of(1e-3, "peak rate under Sophia", gt=0)
     sophia_wd: float = field_of(0.2, "Sophia's decoupled decay", ge=0)
     sophia_b1: float = field_of(0.965, "Sophia's momentum", ge=0, lt=1)
     sophia_b2: float = field_of(0.99, "decay of the curvature estimate", ge=0, lt=1)
     sophia_rho: float = field_of(0.1, "scales the curvature: larger clips fewer elements", gt=0)
-    sophia_eps: float = field_of(1e-15, "least curvature divided by", gt=0)
+    sophia_eps: float = field_of(1e-15, "added to the scaled curvature, which divides", gt=0)
     sophia_k: int = field_of(10, "steps between curvature estimates", ge=1)
     sophia_k_after: int | None = field_of(None, "the same after sophia_k_switch_step; None: no change", ge=1)
     sophia_k_switch_step: int | None = field_of(None, "the last step at which sophia_k holds", ge=1)
@@ -250,7 +250,7 @@ class RunConfig(Checked):
     device: str = field_of("auto", "where it trains; auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
     seed: int = field_of(1337, "of weights, data order and noise", ge=0, le=2**63 - 4)
     eval_interval: int = field_of(200, "steps between validations; 0: never", ge=0)
-    eval_iters: int = field_of(50, "batches in a validation", ge=1)
+    eval_iters: int = field_of(50, "batches per validation", ge=1)
     save_interval: int = field_of(0, "steps between checkpoints; 0: only when training rests", ge=0)
     keep_checkpoints: int = field_of(3, "how many of those are kept, beside the last, the best and the named", ge=1)
     experts_impl: str = field_of(
