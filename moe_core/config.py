@@ -214,7 +214,7 @@ class OptimConfig(Checked):
     muon_dtype: str = field_of(
         "bfloat16", "type of the Newton-Schulz steps", choices=("bfloat16", "float32", "float64"))
     starved_experts: str = field_of(
-        "reference", "what Muon does with experts without tokens; skip: leave them alone", choices=("reference", "skip"))
+        "reference", "what Muon does to experts without tokens; skip: leave them alone", choices=("reference", "skip"))
     sophia_lr: float = field_of(1e-3, "peak rate under Sophia", gt=0)
     sophia_wd: float = field_of(0.2, "Sophia's decoupled decay", ge=0)
     sophia_b1: float = field_of(0.965, "Sophia's momentum", ge=0, lt=1)
