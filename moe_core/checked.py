@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 def plain(value):
-    """``value`` as Python's own bool, int or float where it is a number of another library, NumPy's say; else itself."""
+    """``value`` as Python's own bool, int or float where it is a number of another library (NumPy's); else itself."""
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, numbers.Integral):
