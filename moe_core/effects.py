@@ -4,7 +4,8 @@ The test is an interrupted time series. Over the steps of both windows a metric 
 and bends), plus the turn (0 before it, 1 from its step on; along a ramp the part that is done), plus noise whose
 neighbouring values are alike (see ``moe_core.noise``). ``difference`` is the turn's coefficient: how far the metric
 lies from where the trend alone would have it. Over the metrics of one turn Holm's method holds the chance that a turn
-which did nothing stands out anywhere to 5 in 100; ``low`` and ``high`` are at the level that it gives each metric.
+which did nothing stands out anywhere to 5 in 100 (in simulations of such noise; see ``LEVEL`` there); ``low`` and
+``high`` are at the level that it gives each metric.
 
 What else happened at the same step, the end of a schedule or a shift in the data, is not told apart from the turn. A
 change that builds up over the whole window looks like the trend's own bend, and is not claimed: two branches of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 WINDOW = 50  # steps before a turn, and from it on
 ENOUGH = 20  # values that a window must hold
 DEGREE = 3  # of the trend
-LONGEST = 0.95  # phi between two branches: a longer memory and a difference of the two look alike over such windows
+LONGEST = 0.97  # phi tried between two branches: a longer memory looks like a difference over such windows
 COLUMNS = ["step", "knob", "from", "to", "metric", "before", "after", "difference", "low", "high", "stands_out",
            "n_effective", "said"]
 # What is set rather than brought about, and what repeats another metric.
@@ -43,8 +44,9 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
     """One row for every turn of a knob on a branch's line and every metric, by step.
 
     Columns: step (the first that the turn acted on), knob, from, to, metric, before and after (means over the
-    windows), difference, low, high, stands_out (<NA> where there are too few values), n_effective (independent values
-    that both windows amount to), said (what cut a window, or was too little). A count that only grows, ``..._cum``,
+    windows), difference, low, high, stands_out (<NA> where there are too few values), n_effective (roughly so many
+    independent values would have as sure a mean as those of both windows, of which neighbours are alike), said (what
+    cut a window, or was too little). A count that only grows, ``..._cum``,
     is read as its growth a step. Raises ValueError for a window of fewer than 20 steps.
     """
     if not isinstance(window, int) or isinstance(window, bool) or window < ENOUGH:
@@ -84,6 +86,10 @@ def between(store: RunStore, a: int, b: int, start: int, last: int) -> pd.DataFr
     Columns: metric, a, b (means), difference (the mean of b - a, step by step; its drift over the window is a
     straight line of its own, its noise that of ``moe_core.noise``), low, high, stands_out, n_effective, said. Holm's
     method is over all metrics. Metrics that are equal on every step are left out.
+
+    A difference that wanders by itself and means nothing stands out in at most 5 of 100 cases where its memory is
+    short beside the window: in simulations of 20 to 100 steps with phi up to 0.9. A longer memory is not told from an
+    effect: with 0.93 it was up to 7 in 100, with 0.96 up to 13, with 0.98 up to 27.
     """
     lines = [store.read_steps(branch, start, shares=False) for branch in (a, b)]
     steps = np.intersect1d(*(line.steps[line.steps <= last] for line in lines))
