@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import ipywidgets as ipw
 
-from widgets.notes import Log
+from widgets.controls import whole
+from widgets.notes import Log, Refusal
 
 NONE = ("checkpoints", -1)  # no choice; a value of None would show nothing at all
 
@@ -21,15 +22,15 @@ class BranchRow:
 
     def __init__(self, run, log: Log, asked: Callable[[], None] = lambda: None):
         """``asked`` is called after each wish."""
-        self._run, self._log, self._asked = run, log, asked
+        self._run, self._log, self._asked, self.refused = run, log, asked, Refusal()
         self.undo = self._button("Undo chunk", "Back to where the last chunk started, on a new branch",
                                  lambda: run.undo(wait=False))
-        self.step = ipw.BoundedIntText(max=10**9, tooltip="Step to rewind to; a click on a line sets it",
-                                       layout=ipw.Layout(width="84px"))
+        self.step = ipw.FloatText(value=0, step=1, tooltip="Step to rewind to; a click on a line sets it",
+                                  layout=ipw.Layout(width="84px"))
         self.saved = ipw.Dropdown(options=[NONE], tooltip="Checkpoint to rewind to",
                                   layout=ipw.Layout(width="150px"))
         self.rewind = self._button("Rewind to step", "Back to this step exactly, on a new branch",
-                                   lambda: run.rewind(self.step.value, wait=False))
+                                   lambda: run.rewind(whole(self.step.value), wait=False))
         self.branch = ipw.Dropdown(options=[run.branch], tooltip="Branch: choose one to go on from its end",
                                    layout=ipw.Layout(width="136px"))
         self.save = self._button("Save", "Save a named checkpoint of this step; it is never pruned",
@@ -41,7 +42,7 @@ class BranchRow:
         self._refreshing = None  # the thread that brings the row up to date
         self.branch.observe(lambda seen: self._switch(seen.new), "value")
         self.widget = ipw.Box([self.undo, self.rewind, self.step, self.saved, ipw.Label("branch"), self.branch,
-                               self.others, self.save])
+                               self.others, self.save, self.refused.widget])
         self.widget.add_class("moe-branches")
         self.refresh()
 
@@ -58,15 +59,18 @@ class BranchRow:
             finally:
                 self._refreshing = None
         saved = [NONE] + [
-            (f"step {c.step:,}" + (f" · {c.name}" if c.name else ""), c.step) for c in reversed(self._reachable())]
+            (f"step {c.step:,}" + (f" · {c.name}" if c.name not in (None, "", f"step {c.step}") else ""), c.step)
+            for c in reversed(self._reachable())]
         if list(self.saved.options) != saved:
             with self.saved.hold_sync():
                 self.saved.options = saved
                 self.saved.value = NONE[1]
 
-    def offer_undo(self, wanted: bool) -> None:
-        """Put Undo forward, or back in line."""
+    def offer_undo(self, wanted: bool, step: int | None) -> None:
+        """Put Undo forward, or back in line. ``step``: what it goes back to, None where that is not known."""
         self.undo.button_style = "warning" if wanted else ""
+        where = "where the last chunk started" if step is None else f"step {step:,}, where the last chunk started"
+        self.undo.tooltip = f"Back to {where}, on a new branch"
 
     def offer_others(self, there: bool) -> None:
         """Offer to leave out the other branches' lines, where there are any."""
@@ -89,11 +93,11 @@ class BranchRow:
     def _switch(self, name: str | None) -> None:
         if name in (None, self._run.branch) or self._refreshing == threading.get_ident():
             return
-        self._log.guarded(lambda: self._run.switch(name, wait=False))()
+        self._log.guarded(lambda: self._run.switch(name, wait=False), self.refused)()
         self._asked()
 
     def _button(self, words: str, tooltip: str, action: Callable[[], None]) -> ipw.Button:
-        button, guarded = ipw.Button(description=words, tooltip=tooltip), self._log.guarded(action)
+        button, guarded = ipw.Button(description=words, tooltip=tooltip), self._log.guarded(action, self.refused)
 
         def click(_):
             guarded()

@@ -33,7 +33,7 @@ class Errand:
         try:
             self.says.value = self._work()
         except Exception as error:  # in a thread of its own nobody else would hear of it
-            self.says.value = '<span class="moe-error" role="alert">it could not be done, see the log</span>'
+            self.says.value = '<span class="moe-error" role="alert">failed; see the log</span>'
             self._log.write(f"{self._name}: {type(error).__name__}: {error}", error=True)
         finally:
             self.button.disabled = False

@@ -55,6 +55,7 @@ class Findings:
         self.view.on_msg(lambda _, content, __: click(content))
         self.branch_id = None  # of the branch that was read last
         self._branch, self._step, self._next, self._asked = None, -1, 0.0, False
+        self._turns: list[tuple] = []  # how the knobs were set when the rules were read
         self._standing: dict[str, Standing] = {}
         self._coming: set[tuple[str, str]] = set()  # (rule, level) seen once
         self._last: dict[str, dict] = {}  # rule -> its row as it was last there
@@ -66,12 +67,13 @@ class Findings:
     def look(self, step: int, busy: bool) -> None:
         """Read the rules again if there are new rows and it is time. What a rule raises is shown in the log, once."""
         now, branch = time.monotonic(), self._run.branch
+        turns = [(knob.mode, knob.target) for knob in self._run.knobs.values()]  # what Apply offers depends on them
         if branch == self._branch and not self._asked and (
-                step == self._step or (busy and now < self._next)):
+                (step == self._step and turns == self._turns) or (busy and now < self._next)):
             return
         if branch != self._branch:
             self._stand_on(branch)
-        self._asked, self._step = False, step
+        self._asked, self._step, self._turns = False, step, turns
         try:
             rows = health.recent(self._run.store, self.branch_id, step)
             found = self._read(rows)

@@ -25,7 +25,7 @@ class Inside:
         told = seen.mutual_information()
         told = told[told["nats"] > 2 * told["spread"]].sort_values("normalised")
         if told.empty:
-            return f"after step {seen.step:,}: no expert says more of its tokens than chance"
+            return f"after step {seen.step:,}: no layer's experts specialise more than chance would have them"
         most = told.iloc[-1]
-        return (f"after step {seen.step:,}: an expert says most of its tokens' class in layer {most['layer']}, "
-                f"{most['normalised']:.0%} of what can be known")
+        return (f"after step {seen.step:,}: experts specialise most in layer {most['layer']} "
+                f"({most['normalised']:.0%} of the maximum mutual information)")

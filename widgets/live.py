@@ -107,7 +107,8 @@ class Live:
             self._wake.clear()
             try:
                 self._tick()
-                self._update()
+                if not self._closed:  # the run may be, and the panel with it
+                    self._update()
                 pause = TICK
             except Exception as error:  # a panel that shows its error beats one that stands still
                 self._report(error)

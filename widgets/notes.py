@@ -54,15 +54,19 @@ class Log:
                 lines.append(_line(f"{said}{here}", _is_wrong(event), event["applied"]))
         self._write(lines)
 
-    def guarded(self, handler: Callable) -> Callable:
-        """``handler``, with what it raises written here: a refused value in its own words, and all else."""
+    def guarded(self, handler: Callable, tell: Callable[[str], None] = lambda why: None) -> Callable:
+        """``handler``, with what it raises written here: a refused value in its own words, and all else.
+
+        ``tell`` is called with the same words, to say them where the hand is, and with "" before each try.
+        """
         def run(*args, **kwargs):
+            tell("")
             try:
                 return handler(*args, **kwargs)
-            except ValueError as refused:
-                self.write(f"refused: {refused}", error=True)
             except Exception as error:
-                self.write(f"{type(error).__name__}: {error}", error=True)
+                tell(str(error))
+                known = isinstance(error, ValueError)
+                self.write(f"{'refused' if known else type(error).__name__}: {error}", error=True)
         return run
 
     def _replace(self, newer: list[str], old: str, new: str) -> None:
@@ -77,6 +81,16 @@ class Log:
             self._lines += lines
             inside = "".join(reversed(self._lines))
             self.widget.value = f'<div class="moe-log" role="log" aria-label="Log" tabindex="0">{inside}</div>'
+
+
+class Refusal:
+    """Why what was just asked for cannot be, beside the button that asked: ``widget``, and a call with the words."""
+
+    def __init__(self):
+        self.widget = ipw.HTML()
+
+    def __call__(self, why: str) -> None:
+        self.widget.value = f'<span class="moe-error" role="alert">{html.escape(why)}</span>' if why else ""
 
 
 def _is_wrong(event: dict) -> bool:

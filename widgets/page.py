@@ -71,6 +71,14 @@ export default {
 _CSS = """
 .moe-workbench { container-type: inline-size; gap: 8px; overflow: hidden; padding: 2px; }
 .moe-workbench > * { margin: 0; }
+.moe-workbench .jupyter-widgets-disconnected::before { content: none; }
+.moe-workbench.jupyter-widgets-disconnected::before {
+  content: "The kernel that drove this panel is gone. Run its cell again."; font-family: inherit; padding: 2px 0;
+  color: var(--jp-error-color1, #d13438); }
+.moe-workbench.jupyter-widgets-disconnected > *, .moe-workbench.moe-over > :not(.moe-run) { opacity: 0.55; }
+.moe-workbench.jupyter-widgets-disconnected > * { pointer-events: none; }
+.moe-charts { overflow: auto hidden; }  /* a view that is narrower than the one that the figure was laid out for */
+.moe-key { font-size: 11px; color: var(--jp-ui-font-color2); }
 .moe-page { height: 0; overflow: hidden; }
 .moe-workbench .widget-html-content { line-height: 1.35; }
 .moe-run, .moe-branches { display: flex; flex-flow: row wrap; align-items: center; gap: 6px; }

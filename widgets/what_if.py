@@ -11,7 +11,7 @@ from moe_core.knobs import KnobError
 from moe_core.preview import Preview
 from widgets.marks import KNOB_TITLES
 
-# metric, its words, how a number of it is said, whether more is worse
+# metric, its words, how a number of it is said, whether its highest layer is told of, or its lowest
 SHOWN = (("router/entropy_mean", "entropy, nats", "{:.3f}", False),
          ("router/top1_p_mean", "top-1 probability", "{:.3f}", True),
          ("router/max_frac_mean", "largest demand", "{:.1%}", True),
@@ -51,22 +51,24 @@ class WhatIf:
 
 
 def table(seen: Preview, name: str) -> str:
-    """The preview of a turn of knob ``name`` as HTML: each metric in the mean and in the layer that would be worst."""
+    """The preview of a turn of knob ``name`` as HTML: of each metric the mean over layers, and its end."""
     now, then = seen.values_now[name], seen.values_then[name]
     said = (f"<p><b>What if</b> {html.escape(KNOB_TITLES.get(name, name))} {now:.3g} → <b>{then:.3g}</b>, "
             f"on the batch of step {seen.step:,}</p>")
     if any(seen.now[n] != seen.then[n] for n in seen.now if n.startswith(tuple(metric for metric, *_ in SHOWN))):
         rows = "".join(_row(seen, *shown) for shown in SHOWN if seen.now[shown[0]] or seen.then[shown[0]])
-        said += f"<table><tr><th></th><th>mean of layers</th><th>worst layer</th></tr>{rows}</table>"
+        said += f"<table><tr><th></th><th>mean of layers</th><th>lowest or highest layer</th></tr>{rows}</table>"
     return said + "".join(f"<p>{html.escape(sentence)}.</p>" for sentence in seen.unknown)
 
 
-def _row(seen: Preview, metric: str, words: str, form: str, more_is_worse: bool) -> str:
-    layers = range(seen.shares_now.shape[1])
-    worst = (max if more_is_worse else min)(layers, key=lambda layer: seen.then[f"{metric}/layer_{layer}"])
-    of_worst = f"{metric}/layer_{worst}"
-    cells = [_change(seen.now[name], seen.then[name], form) for name in (metric, of_worst)]
-    return f"<tr><th>{words}</th><td>{cells[0]}</td><td>{cells[1]} <i>layer {worst}</i></td></tr>"
+def _row(seen: Preview, metric: str, words: str, form: str, highest: bool) -> str:
+    def end(values):
+        layers = range(seen.shares_now.shape[1])
+        return (max if highest else min)((values[f"{metric}/layer_{layer}"], layer) for layer in layers)
+    (now, before), (then, after) = end(seen.now), end(seen.then)
+    where = f"{'highest' if highest else 'lowest'}, layer {f'{before} → ' * (before != after)}{after}"
+    mean = _change(seen.now[metric], seen.then[metric], form)
+    return f"<tr><th>{words}</th><td>{mean}</td><td>{_change(now, then, form)} <i>{where}</i></td></tr>"
 
 
 def _change(now: float, then: float, form: str) -> str:

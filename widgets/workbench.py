@@ -9,23 +9,28 @@ from pathlib import Path
 
 import ipywidgets as ipw
 
+from moe_core.face import Face
 from moe_core.session import BUSY, Session
+from moe_core.trainer import NonFiniteError
 from widgets.branches import BranchRow
-from widgets.controls import KnobControl
+from widgets.controls import KnobControl, help_of, whole
 from widgets.findings import Findings
 from widgets.groups import Groups
 from widgets.inside import Inside
 from widgets.live import Live
-from widgets.notes import Log, NoteBox
+from widgets.marks import KEY
+from widgets.notes import Log, NoteBox, Refusal
 from widgets.page import Page
 from widgets.what_if import WhatIf
 from widgets.write_up import write_up
 
 COUNT_EVERY, MOVE_EVERY = 1.0, 2.0  # seconds between two looks at the step and the time left; at the knobs
 
-NONFINITE = "NonFiniteError: "  # how a session says that this was what stopped it
+CLOSED = "this run is closed; <code>mc.Run.open</code> goes on with it"
+REPLACED = "A newer panel of this run took the place of this one."
 
 _panels: weakref.WeakValueDictionary[Path, Workbench] = weakref.WeakValueDictionary()
+_left: dict[Path, ipw.Widget] = {}  # what stands in the place of the panel before a run's newest
 
 
 def answer_while_cells_run() -> None:
@@ -50,17 +55,26 @@ class Workbench(ipw.VBox):
     Of a run that is attached to (``Run.attach``) it drives the process that trains it, and closing stops nothing.
     """
 
+    def __new__(cls, run, *args, **kwargs):
+        if not isinstance(run, Face):  # here, since a widget that was begun would have to be closed
+            raise TypeError(f"run = {run!r}: must be a run, from Run.create, Run.open or Run.attach")
+        return super().__new__(cls, run, *args, **kwargs)
+
     def __init__(self, run, chunk: int = 100):
         """``chunk``: the length that the Run button starts with, in steps."""
         answer_while_cells_run()
         place = Path(run.path).resolve()
         if (earlier := _panels.get(place)) is not None:
-            earlier.close()
+            earlier.close(REPLACED)
+            if place in _left:
+                _close(_left[place])
+            _left[place] = earlier
         self.run, self.session = run, run.session if run.attached else Session(run)
         self.journal = Log()
         self.live = Live(run, tick=self._tick, news=self.journal.write_events, report=self._failed)
         self.page = Page()
-        self.controls = [KnobControl(knob, self.journal, self.live.wake) for knob in run.knobs.values()]
+        self.controls = [KnobControl(knob, self.journal, self.live.wake, help_of(name, run.config))
+                         for name, knob in run.knobs.items()]
         routed = bool(run.config.model.n_experts)
         self.what_if = WhatIf(run.preview if routed and not run.attached else None)
         self.branches = BranchRow(run, self.journal, self.live.wake)
@@ -93,31 +107,35 @@ class Workbench(ipw.VBox):
         self.session.pause()
         self.live.wake()
 
-    def close(self) -> None:
+    def close(self, instead: str = "") -> None:
         """Stop what this process trains at the next step boundary, and take the panel off the page.
 
-        Closing twice is fine.
+        ``instead``: a sentence to leave in its place. Closing twice is fine.
         """
+        if not hasattr(self, "live"):
+            return  # refused before it was one; ipywidgets closes that too
         self.session.close()
         self.live.close()
-        for part in _parts(self):
-            for widget in (getattr(part, "style", None), part.layout, part):
-                if isinstance(widget, ipw.Widget):
-                    ipw.Widget.close(widget)
+        if not instead or self.comm is None:
+            return _close(self)
+        parts, self.children = self.children, [ipw.HTML(html.escape(instead))]
+        for part in parts:
+            _close(part)
 
     # ---- parts -------------------------------------------------------------------------------------------
 
     def _run_row(self, chunk: int) -> ipw.Box:
-        self.chunk = ipw.BoundedIntText(value=chunk, min=1, max=10**9, tooltip="Length of a chunk in steps",
-                                        layout=ipw.Layout(width="84px"))
+        self.refused = Refusal()
+        self.chunk = ipw.FloatText(value=chunk, step=1, tooltip="Length of a chunk in steps",
+                                   layout=ipw.Layout(width="84px"))
         self.run_button = self._button("Run", "Train a chunk of this many steps",
-                                       lambda: self.start(self.chunk.value), style="primary")
+                                       lambda: self.start(whole(self.chunk.value)), style="primary")
         self.step_button = self._button("Step once", "Train one step", lambda: self.start(1))
         self.pause_button = self._button("Pause", "Stop at the next step boundary", self.pause)
         self.status = ipw.HTML()
         self.status.add_class("moe-status")
         parts = [self.run_button, self.chunk, ipw.Label("steps"), self.step_button, self.pause_button,
-                 self.status]
+                 self.status, self.refused.widget]
         self.layer = None
         if self.run.config.model.n_experts:
             layers = [f"layer {i}" for i in range(self.run.config.model.n_moe_layer)]
@@ -131,7 +149,7 @@ class Workbench(ipw.VBox):
 
     def _button(self, words: str, tooltip: str, action, style: str = "") -> ipw.Button:
         button = ipw.Button(description=words, tooltip=tooltip, button_style=style)
-        guarded = self.journal.guarded(action)
+        guarded = self.journal.guarded(action, self.refused)
         button.on_click(lambda _: guarded())
         return button
 
@@ -145,11 +163,15 @@ class Workbench(ipw.VBox):
             line.on_click(lambda _, points, __: self.branches.aim(round(points.xs[0])) if points.xs else None)
         charts = ipw.VBox([self.live.figure])
         charts.add_class("moe-charts")
-        return charts
+        key = ipw.HTML(html.escape(KEY))
+        key.add_class("moe-key")
+        return ipw.VBox([charts, key])
 
     # ---- the live thread ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        if self.run.store.closed:
+            return self._end()
         aim = tuple(self.page.aim)  # the row whose slider is held, and where
         self.what_if.show((self.controls[int(aim[0])].knob.name, aim[1]) if aim else None)
         progress, now = self.session.progress(), time.monotonic()
@@ -160,7 +182,7 @@ class Workbench(ipw.VBox):
         if new or now - self._counted_at >= COUNT_EVERY:
             self._shown, self._counted_at = progress, now
             self._offer(progress)
-            _show(self.status, _status_line(progress))
+            self.status.value = _status_line(progress, self._undo_step(busy))
             if not busy:
                 self.branches.refresh()
         due = new or now - self._moved_at >= MOVE_EVERY
@@ -176,18 +198,36 @@ class Workbench(ipw.VBox):
     def _offer(self, progress) -> None:
         """Enable what can be done in this state, and put forward what should be."""
         self.pause_button.disabled = progress.state != "training"
-        self.branches.offer_undo(_nonfinite(progress))
+        self.branches.offer_undo(_nonfinite(progress), self._undo_step(progress.state in BUSY))
         self.branches.offer_others(self.live.has_others)
         gone = progress.state == "gone"
         if gone != self._gone:
             self._gone = gone
-            rows = [control.widget for control in self.controls]
-            for part in [self.run_button, self.step_button, self.chunk, *self.branches.widget.children[:-2],
-                         self.notes.button, self.notes.text, *(w for row in rows for w in row.children)]:
-                if hasattr(part, "disabled"):
-                    part.disabled = gone
+            self._disable(gone)
+
+    def _undo_step(self, busy: bool) -> int | None:
+        """Where Undo goes back to, where this process knows."""
+        return None if busy or self.run.attached else self.run.undo_step
+
+    def _disable(self, off: bool) -> None:
+        """Take what steers the run out of a hand's reach, or give it back."""
+        rows = [control.widget for control in self.controls]
+        for part in [self.run_button, self.step_button, self.chunk, *self.branches.widget.children[:-2],
+                     self.notes.button, self.notes.text, *(w for row in rows for w in row.children)]:
+            if hasattr(part, "disabled"):
+                part.disabled = off
+
+    def _end(self) -> None:
+        """The run is closed: say so, and follow no more."""
+        self._disable(True)
+        self.write_up.button.disabled = self.pause_button.disabled = True
+        self.status.value = f'<div class="moe-status-line"><span class="moe-error" role="alert">{CLOSED}</span></div>'
+        self.add_class("moe-over")
+        self.live.close()
 
     def _failed(self, error: Exception) -> None:
+        if self.run.store.closed:
+            return  # between two looks at the run; the next one says it
         said = f"the panel: {type(error).__name__}: {error}"
         if said != self._last_report:  # the thread tries again for as long as the panel is open
             self.journal.write(said, error=True)
@@ -196,10 +236,11 @@ class Workbench(ipw.VBox):
 
 def _nonfinite(progress) -> bool:
     """Whether training paused because a step was not finite: the run is whole, and may go on or back."""
-    return progress.state == "paused" and (progress.error or "").startswith(NONFINITE)
+    return progress.state == "paused" and (progress.error or "").startswith(NonFiniteError.__name__)
 
 
-def _status_line(progress) -> str:
+def _status_line(progress, undo: int | None) -> str:
+    """``undo``: the step that Undo goes back to."""
     parts = [f'<span class="moe-state moe-state-{progress.state}" role="status">{progress.state}</span>',
              f"<span>step <b>{progress.step:,}</b></span>"]
     if progress.chunk_total:
@@ -210,9 +251,9 @@ def _status_line(progress) -> str:
     if progress.tok_s is not None:
         parts.append(f'<span class="moe-muted">{progress.tok_s:,.0f} tokens/s</span>')
     if _nonfinite(progress):
-        said = html.escape(progress.error.removeprefix(NONFINITE))
-        parts.append(f'<span class="moe-error" role="alert">{said}. <b>Undo chunk</b> goes back to where the chunk '
-                     'began; the knobs can be turned first.</span>')
+        said = html.escape(progress.error.partition(": ")[2])
+        back = "" if undo is None else f" <b>Undo chunk</b> goes back to step {undo:,}; the knobs can be turned first."
+        parts.append(f'<span class="moe-error" role="alert">{said}.{back}</span>')
     elif progress.error:
         parts.append(f'<span class="moe-error" role="alert">{html.escape(progress.error)}</span>')
     if progress.state == "gone":
@@ -232,9 +273,11 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _show(widget: ipw.HTML, value: str) -> None:
-    if widget.value != value:
-        widget.value = value
+def _close(panel: ipw.Widget) -> None:
+    for part in _parts(panel):
+        for widget in (getattr(part, "style", None), part.layout, part):
+            if isinstance(widget, ipw.Widget):
+                ipw.Widget.close(widget)
 
 
 def _parts(widget: ipw.Widget) -> list[ipw.Widget]:

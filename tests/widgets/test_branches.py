@@ -55,17 +55,27 @@ def test_saved_checkpoints_of_this_line_are_offered(row):
     row.save.click()
     run.step(2)
     row.refresh()
-    assert ("step 5 · step 5", 5) in list(row.saved.options)
+    run.checkpoint("sharp")
+    row.refresh()
+    assert {("step 5", 5), ("step 7 · sharp", 7)} <= set(row.saved.options)
     assert (row.saved.label, row.step.value) == ("checkpoints", 0)
     row.saved.value = 5
     assert row.step.value == 5
 
 
-def test_what_cannot_be_is_said_in_the_log(row):
+def test_what_cannot_be_is_said_in_the_log_and_beside_the_button(row):
     run, row, log = row
     row.undo.click()
     row.aim(9)
     row.rewind.click()
     assert "refused: undo: no chunk was trained here" in log.widget.value
     assert "refused: step = 9: must be a step of this line, 0 to 0" in log.widget.value
-    assert run.branch == "main"
+    for typed in (9, -3, 1.5):  # said beside the button too, and nothing is rounded or moved into range
+        row.step.value = typed
+        row.rewind.click()
+        assert f"step = {typed:g}: must be a step of this line" in row.refused.widget.value
+    row.step.value = 0
+    row.rewind.click()
+    assert row.refused.widget.value == ""
+    run.session.wait()
+    assert run.branch == "from-0"

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from widgets.controls import KnobControl
+from widgets.controls import KnobControl, help_of
 from widgets.notes import Log, NoteBox
 
 
@@ -54,13 +54,41 @@ def test_a_wrong_value_is_refused_where_it_is_typed(tiny_run):
     run, log = tiny_run(), Log()
     control = control_of(run, "load_balance_alpha", log)
     control.number.value = -1
-    assert "must be 0 to 100" in control.says.value
+    assert "must be a number from 0 to 100" in control.says.value
     assert "load_balance_alpha = -1.0: must be a number from 0 to 100" in log.widget.value
     assert control.number.value == pytest.approx(run.config.router.load_balance_alpha)
     assert run.events().empty
     control.number.value = 0.3
     assert "must be" not in control.says.value
     assert run.knobs["load_balance_alpha"].value == 0.3
+    control.number.value = -1
+    run.knobs["load_balance_alpha"].hold(0.4)  # from a cell: what was refused is no longer how things stand
+    control.refresh()
+    assert "must be" not in control.says.value and "applied at step 1" in control.says.value
+    control.slider.value = 0.30000000000000004
+    assert run.knobs["load_balance_alpha"].target == 0.3
+
+
+def test_a_length_that_is_no_whole_number_is_refused_as_it_was_typed(tiny_run):
+    run = tiny_run()
+    control = control_of(run, "lr_scale")
+    control.mode.value = "ramp"
+    for typed in (1.5, 0, -5):
+        control.over.value = typed
+        assert "must be a whole number of steps, at least 1" in control.says.value or "integer" in control.says.value
+    control.over.value = 1e3
+    assert "must" not in control.says.value
+    control.number.value = 0.5
+    assert (run.knobs["lr_scale"].over, len(run.events())) == (1000, 1)
+
+
+@pytest.mark.parametrize(("changes", "words"), (
+    ({}, "a top-1 choice"), ({"top_k": 2}, "which experts are picked"), ({"balance": "both"}, ""),
+    ({"routing": "expert", "dropless": False, "balance": "none"}, "")))
+def test_what_is_said_of_temperature_holds_for_the_runs_own_router(tiny, changes, words):
+    said = help_of("router_temp", tiny(**changes))
+    assert words in said and bool(said) == bool(words)
+    assert help_of("grad_clip", tiny(**changes)) == ""
 
 
 def test_a_ramp_waits_for_its_target(tiny_run):

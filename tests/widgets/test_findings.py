@@ -78,6 +78,18 @@ def test_a_collapse_in_training_is_found_at_once_and_apply_brings_the_router_bac
     assert [state for _, state, _, rule in told(run) if rule == "collapsed"] == ["here", "gone"]
 
 
+def test_what_apply_offers_at_rest_begins_at_what_the_knob_was_turned_to(panel, rules):
+    """Turned from a cell between two steps: the button's own numbers follow, without a step."""
+    run, findings, _ = panel()
+    rules(high_loss("alarm", 0.1))
+    run.step(2)
+    lever = health.RULES[0].levers[0]({name: knob.value for name, knob in run.knobs.items()}, "").knob
+    for value in (0.2, 0.3):
+        run.knobs[lever].hold(value)
+        findings.look(2, busy=False)
+        assert re.search(f"{value}0* →", findings.view.rows[0]["levers"])
+
+
 def test_a_script_applies_what_the_button_applies(tiny_run):
     run = tiny_run()
     run.step(1)

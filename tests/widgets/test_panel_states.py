@@ -69,6 +69,7 @@ def test_undo_is_put_forward_where_a_step_was_not_finite_and_goes_back(tiny_run,
     assert soon(lambda: panel.branches.undo.button_style == "warning")
     assert "paused" in panel.status.value and "step 4" in panel.status.value and "not applied" in panel.status.value
     assert "NonFiniteError" not in panel.status.value
+    assert "goes back to step 0" in panel.status.value and "Back to step 0," in panel.branches.undo.tooltip
     panel.branches.undo.click()  # to where the chunk before began
     assert soon(lambda: panel.branches.undo.button_style == "" and run.current_step == 0)
     panel.start(1)
@@ -146,7 +147,7 @@ def test_the_report_is_written_beside_the_run_while_the_panel_goes_on(tiny_run, 
     assert not panel.write_up.button.disabled
     monkeypatch.setattr(type(run), "report", lambda self, path: 1 / 0)
     panel.write_up.button.click()
-    assert soon(lambda: "could not be done" in panel.write_up.says.value)
+    assert soon(lambda: "failed; see the log" in panel.write_up.says.value)
     assert "ZeroDivisionError" in panel.journal.widget.value
 
 

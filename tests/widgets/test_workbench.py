@@ -99,7 +99,7 @@ def test_a_second_panel_takes_the_place_of_the_first(tiny_run, bench):
     first.start(10**6)
     second = bench(run)
     assert run.session is second.session is not first.session
-    assert first.comm is None
+    assert [child.value for child in first.children] == ["A newer panel of this run took the place of this one."]
     assert first.live.figure.comm is None
     assert not first.live._thread.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
@@ -115,12 +115,37 @@ def test_a_panel_that_is_closed_leaves_nothing_behind(tiny_run, bench):
     """Made again and again, as by a cell that is run again: no more widgets, threads or sessions than before."""
     run = tiny_run()
     counts = []
-    for _ in range(3):
+    for _ in range(4):
         panel = bench(run)
         panel.start(2)
         assert panel.session.wait(30)
         counts.append((len(_instances), threading.active_count()))
-    assert counts[1] == counts[2] == counts[0]
+    assert counts[1] == counts[2] == counts[3]  # one sentence stands in the place of the panel before
+    assert counts[1][0] <= counts[0][0] + 6
+
+
+def test_a_panel_of_a_closed_run_says_so_and_offers_nothing(tiny_run, bench):
+    run = tiny_run()
+    panel = bench(run)
+    panel.start(2)
+    assert panel.session.wait(30)
+    run.close()
+    assert soon(lambda: "this run is closed" in panel.status.value and panel.run_button.disabled)
+    assert panel.branches.rewind.disabled and panel.notes.button.disabled and panel.controls[0].slider.disabled
+    assert soon(lambda: not panel.live._thread.is_alive())
+    assert "StoreError" not in panel.journal.widget.value
+
+
+def test_a_chunk_that_is_no_whole_number_is_refused_beside_the_button(tiny_run, bench):
+    run = tiny_run()
+    panel = bench(run)
+    for typed in (1.5, 0, -5):
+        panel.chunk.value = typed
+        panel.run_button.click()
+        assert f"n = {typed:g}: must be" in panel.refused.widget.value
+    panel.chunk.value = 2.0
+    panel.run_button.click()
+    assert panel.refused.widget.value == "" and panel.session.wait(30) and run.current_step == 2
 
 
 def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
