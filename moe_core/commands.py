@@ -91,7 +91,7 @@ def _unturned(name: str) -> str:
 
 
 def _resolve(one: pasted.Said, dialect: Dialect | None) -> tuple[Flag, bool]:
-    """The flag that was typed, and whether it was turned round (``--no-...``). ConfigError names the closest."""
+    """The flag that was typed, and whether its --no- form was. ConfigError names the closest."""
     known = {**ANYWHERE, **({"preset": PRESET} if dialect is None else dialect.flags)}
     if one.key in known:
         return known[one.key], False
@@ -99,7 +99,7 @@ def _resolve(one: pasted.Said, dialect: Dialect | None) -> tuple[Flag, bool]:
     if bare in known and known[bare].is_switch:
         return known[bare], True
     if bare in known:
-        raise ConfigError(f"{one.typed}: there is no such flag; --{bare} takes a value and cannot be turned round")
+        raise ConfigError(f"{one.typed}: there is no such flag; --{bare} takes a value and has no --no- form")
     elsewhere = [d.flags[bare].field for d in DIALECTS.values() if bare in d.flags]
     spelled = {flag.field: name for name, flag in known.items()}
     close = [spelled[field] for field in elsewhere] or difflib.get_close_matches(one.key, known, n=1, cutoff=0.0)
@@ -151,14 +151,15 @@ def _implied(given: dict[str, Any], base: RunConfig, dialect: Dialect | None) ->
     more = {}
     if (first := given.get("opt_list", "").split(",")[0]) in OPTIMIZERS:
         more["optimizer"] = first
+    own_floor = dialect is None or "min_lr" in dialect.flags
+    if "learning_rate" in given and (not own_floor or given["learning_rate"] < base.optim.min_lr):
+        more["min_lr"] = base.optim.min_lr * (given["learning_rate"] / base.optim.learning_rate)
     if dialect is None:
         return more
     if given.get("dataset_name", base.data.dataset_name) != base.data.dataset_name:
         more |= {"dataset_config": None, "val_split": None}  # the defaults are of another data set
     if "max_iters" in given and "lr_decay_iters" not in dialect.flags:
         more["lr_decay_iters"] = given["max_iters"]
-    if "learning_rate" in given and "min_lr" not in dialect.flags:
-        more["min_lr"] = base.optim.min_lr * (given["learning_rate"] / base.optim.learning_rate)
     if dialect is EXPERIMENTAL and given.get("wandb_project"):
         more["mirrors"] = "wandb"
     if any((given.get(name) or 0) % 8 for name in ("d_model", "expert_width")):

@@ -57,6 +57,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
     """The settled config of a new run, and what it begins with; see ``Run.create``. Raises ConfigError, DataError,
     CheckpointError, StoreError.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"config = {config!r}: must be a RunConfig, of preset(...) say")
     given = {name: value for name, value in (("init_from", init_from), ("upcycle_from", upcycle_from),
                                              ("init_from_hf", init_from_hf)) if value is not None}
     if len(given) > 1:

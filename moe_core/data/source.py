@@ -138,8 +138,8 @@ def _refuse_unread(data: DataConfig) -> None:
         for name in names:
             value, default = getattr(data, name), getattr(DataConfig, name)
             if kind != kinds and value != default:
-                raise DataError(f"{name} = {value!r}: must be {default!r} for dataset_name = {data.dataset_name!r}, which "
-                                f"is not {what}")
+                raise DataError(f"{name} = {value!r}: must be {default!r} for dataset_name = {data.dataset_name!r}, "
+                                f"which is not {what}")
 
 
 def _streamed(config: RunConfig, tokenizer: Pretrained, pin: bool, say: Callable[[str], None]):

@@ -25,8 +25,8 @@ WANDB = {True: "wandb", False: ""}
 class Flag(NamedTuple):
     """``--name value`` of one script: the ``field`` it sets, and how its values read there.
 
-    ``words``: the field's value for each of the flag's. With keys True and False the flag takes no value and can be
-    turned round (``--no-name``), as the flag of a yes-or-no field can. ``open``: other values go through as they are.
+    ``words``: the field's value for each of the flag's. With keys True and False the flag takes no value and has
+    a ``--no-name`` form, as the flag of a yes-or-no field has. ``open``: other values go through as they are.
     """
 
     name: str

@@ -14,6 +14,8 @@ from moe_core.dialects.flags import ANYWHERE, DIALECTS
 _END = {"|", "||", "&&", "&", ";", ">", ">>", "2>", "2>&1", "*>", "<"}  # between a shell's commands
 _NOT_A_PATH = re.compile(r"(py|python[\d.]*|torchrun|accelerate|deepspeed|uv|srun|nohup|time|env|PS|&)(\.exe)?"
                          r"|\(.*|.*[$#%>❯]|\w+=.*")
+_BLANKS = "\u00a0\u2007\u202f\u3000\u200b\ufeff"  # that web pages and word processors put in
+_TO_COMMENT = re.compile(r"""(?:[^'"#]|'[^']*'|"[^"]*"|(?<=\S)#)*""")  # up to a # that begins a word
 _VALUED = set(ANYWHERE).union(*(d.flags for d in DIALECTS.values()))
 
 
@@ -32,6 +34,8 @@ def words(command: str | Sequence[str]) -> list[str]:
     """
     if isinstance(command, str):
         return _cut(command)
+    if not isinstance(command, Sequence):
+        raise ConfigError(f"command = {command!r}: must be a command line, or a list of its words")
     given, found = [str(word) for word in command], []
     for before, word in zip(["", *given], given, strict=False):
         whole = " " in word and re.search(r"(^|\s)--", word) and not is_flag(before)
@@ -42,13 +46,25 @@ def words(command: str | Sequence[str]) -> list[str]:
 def _cut(line: str) -> list[str]:
     text = re.sub(r"[\\`^][ \t]*(?:\r?\n|$)[ \t]*(?:>{1,2}[ \t])?", " ", line.strip())  # broken lines
     text = re.sub(r"(?<=\s)[\\`^](?=\s)", " ", text)  # the same, joined since
-    lexer = shlex.shlex(text, posix=True)
+    lexer = shlex.shlex(_uncommented(text), posix=True)
+    lexer.whitespace += _BLANKS
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
         found = list(lexer)
     except ValueError:
         raise ConfigError(f"command = {line!r}: must have its quotes in pairs") from None
     return _command(found)
+
+
+def _uncommented(text: str) -> str:
+    """The text without shell comments; a # before any script or flag is the prompt of root."""
+    kept, rest = "", text
+    while (plain := _TO_COMMENT.match(rest)) and rest[plain.end():].startswith("#"):
+        before = kept + plain[0]
+        begun = any(is_flag(word) or word.endswith(".py") for word in before.split())
+        rest = rest[plain.end() + 1:]
+        kept, rest = (before, rest.partition("\n")[2]) if begun else (before + "#", rest)
+    return kept + rest
 
 
 def _command(found: list[str]) -> list[str]:

@@ -5,10 +5,11 @@ import shlex
 
 import pytest
 
-from moe_core import ConfigError, RunConfig, preset
+from moe_core import ConfigError, Run, RunConfig, preset
 from moe_core.commands import parse, read, spell
 from moe_core.dialects.flags import DENSE, DIALECTS, EXPERIMENTAL, FIELDS, LAUNCH
 from moe_core.model import count_params
+from widgets import Workbench
 
 # Every flag of the three scripts, with its default where one is known.
 OLD = {"train_experimental.py": """
@@ -168,6 +169,7 @@ def test_a_line_means_the_same_however_it_is_pasted():
             f"cd code && source .venv/bin/activate; python {unix} > out.log", f"& python {power}",
             f"conda run -n moe python {unix}", joined, f"$ {joined}", f"> {joined}",
             f"moe train {joined}", f"python -m train_experimental {dashed}",
+            f"{joined}  # don't 'use'", f"# python {unix} # best so far\n", joined.replace(" --", "\u00a0--"),
             joined.replace("--", "—"), ["moe", "train", f"$ python train_experimental.py {joined}"],
             shlex.split(f"train_experimental.py {joined}")]:
         assert parse(line) == plain, line
@@ -195,6 +197,10 @@ def test_what_one_flag_implies_the_others_follow():
         "launch_training.py --use-wandb", "train_experimental.py --wandb_project x --mirrors trackio")] == [
         "", "wandb", "", "wandb", "trackio"]
     assert parse("moe train runs/x --preset nano --n_layer 2") == preset("nano", n_layer=2, checkpoint_dir="runs/x")
+    low = parse("train_experimental.py --learning_rate 1e-6").optim, parse("--preset nano --learning_rate 1e-6").optim
+    assert [optim.min_lr for optim in low] == pytest.approx([1e-7, 1e-7])
+    assert parse("train_experimental.py --learning_rate 1e-4").optim.min_lr == 3e-5
+    assert parse("train_experimental.py --wandb_run_name a#b --n_layer 3").wandb_run_name == "a#b"
     assert parse("train_experimental.py --d_model 60 --n_head 6").experts_impl == "loop"
 
 
@@ -224,3 +230,13 @@ def test_a_wrong_line_is_refused_in_one_line_that_names_it(line, said):
     with pytest.raises(ConfigError) as refused:
         parse(line)
     assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_what_is_no_command_or_no_config_is_refused_in_one_line(tmp_path):
+    """None for a line, a preset's name for a config, a path for a run."""
+    with pytest.raises(ConfigError, match=r"^command = None: must be a command line"):
+        RunConfig.from_command(None)
+    with pytest.raises(ConfigError, match=r"^config = 'nano': must be a RunConfig"):
+        Run.create(tmp_path / "run", "nano")
+    with pytest.raises(TypeError, match=r"^run = 'run': must be a run, from "):
+        Workbench("run")
