@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_core import checkpoint, origin
+from moe_core.checked import is_integer, plain
 from moe_core.config import RunConfig
 from moe_core.data import open_data
 from moe_core.data.pretrained import load_pretrained
@@ -200,19 +201,19 @@ def weights_of(run, step: int | str | None, optimizer: bool = False) -> Weights:
         found = [c for c in run.store.checkpoints() if c.name == step]
         if not found:
             names = ", ".join(repr(c.name) for c in run.store.checkpoints() if c.name is not None)
-            raise ValueError(f"step = {step!r}: there is no checkpoint of that name; there is {names or 'none'}")
+            raise ValueError(f"step = {step!r}: no checkpoint of that name; available: {names or 'none'}")
         return _loaded(run, found[-1])
-    if isinstance(step, bool) or not isinstance(step, int | np.integer):
+    if not is_integer(step := plain(step), 0):
         raise ValueError(f"step = {step!r}: must be a step, the name of a checkpoint, or None for now")
-    states = [s for s in run.history.states(run._branch.id, int(step)) if s.step == step]
+    states = [s for s in run.history.states(run._branch.id, step) if s.step == step]
     if states:
         return _loaded(run, states[0])
     if step == 0:
         return _initial(run)
     if step == run.current_step and (present := _present(run)).step == step:
         return present
-    raise ValueError(f"step = {step}: no state of this step is kept; there are {', '.join(map(str, _kept(run)))}, "
-                     f"and 0; run.checkpoint(name) keeps one")
+    raise ValueError(f"step = {step}: no saved state at this step; available: "
+                     f"{', '.join(map(str, sorted({0, *_kept(run)})))}; run.checkpoint(name) saves the present one")
 
 
 def _kept(run) -> list[int]:

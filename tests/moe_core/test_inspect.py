@@ -146,9 +146,9 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
         for want, got in ((early, run.inspect(TEXT, "two")), (early, run.inspect(TEXT, 2)), (late, run.inspect(TEXT)),
                           (start, run.inspect(TEXT, 0))):
             assert want.step == got.step and np.array_equal(want.weights, got.weights)
-        with pytest.raises(ValueError, match="step = 1: no state of this step is kept; there are 2, 3"):
+        with pytest.raises(ValueError, match="step = 1: no saved state at this step; available: 0, 2, 3"):
             run.inspect(TEXT, 1)
-        with pytest.raises(ValueError, match="step = 'three': there is no checkpoint of that name; there is 'two'"):
+        with pytest.raises(ValueError, match="step = 'three': no checkpoint of that name; available: 'two'"):
             run.inspect(TEXT, "three")
         assert run.current_step == 3 and len(run.branches()) == 1
     finally:
