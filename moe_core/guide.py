@@ -1,6 +1,8 @@
-"""The router guide as rules over the stored metrics, scaled to E experts and K picks of a token.
+"""The router guide: rules over the stored metrics, scaled to E experts and K picks of a token.
 
-What the guide says of one layer is asked of each layer too, at the line of the worst one.
+A number whose origin is not said is from the guide to reading a router that this project's users keep, written for one
+pick of 8 experts; "own choice" stands where that has words alone. What it says of one layer is asked of each layer too,
+at the line of the worst one.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 
 import numpy as np
 
-from moe_core.metrics import COLLAPSED_SHARE
+from moe_core.metrics import collapse_lines
 from moe_core.rules import (
     WINDOW,
     Line,
@@ -20,6 +22,7 @@ from moe_core.rules import (
     Test,
     View,
     at,
+    beyond,
     change,
     down_to,
     move,
@@ -31,16 +34,16 @@ from moe_core.rules import (
     within,
 )
 
-LATE = 1000  # steps from which a router is expected to have specialised
+LATE = 1000  # steps from which a router is expected to have specialised: the users' "beyond 1k steps"
 
 # Healthy ranges, (low, high), by metric; None: no end on that side. The panel draws them as bands.
 BANDS: dict[str, tuple[Line, Line]] = {
     "router/top1_p_mean": (lambda s: 1.5 / s.E, lambda s: s.peak(0.6)),
     "router/max_frac_mean": (None, lambda s: min(2 / s.E, s.share(0.35, 0.5))),
     "router/max_frac_max": (None, lambda s: s.share(0.4, 0.6)),
-    "router/entropy_mean": (lambda s: s.entropy(0.2), lambda s: s.entropy(0.96)),
-    "router/active_min": (lambda s: s.E - max(1, s.E // 8), lambda s: s.E),
-    "router/frac_srv_e*": (lambda s: 0.4 / s.E, lambda s: s.share(0.35, 0.5)),
+    "router/entropy_mean": (lambda s: s.entropy(0.2), lambda s: s.entropy(0.96)),  # 0.96: "too diffuse", users' notes
+    "router/active_min": (lambda s: s.E - max(1, s.E // 8), lambda s: s.E),  # "E or E - 1", of 8
+    "router/frac_srv_e*": (lambda s: 0.4 / s.E, lambda s: s.share(0.35, 0.5)),  # 5 % at E = 8; as max_frac_mean
     "router/drop_frac_mean": (None, 0.02),
     "router/collapsed": (None, 0.0),
 }
@@ -61,10 +64,10 @@ def healthy_band(metric: str, n_experts: int, top_k: int = 1) -> tuple[float | N
 
 
 def _collapsed(view: View) -> Reading | None:
-    share_line = COLLAPSED_SHARE / view.shape.K
+    share_line, fewest = collapse_lines(view.shape.K)
     steps, top = (a[-WINDOW:] for a in view.series("router/max_frac_max"))
-    bad = set(steps[top >= share_line].tolist())
-    for metric, line, sign in (("router/active_min", view.shape.K, -1), ("router/collapsed", 1, 1)):
+    bad = set(steps[~beyond(top, share_line, None)].tolist())
+    for metric, line, sign in (("router/active_min", fewest, -1), ("router/collapsed", 1, 1)):
         if metric != "router/collapsed" or view.layer is None:
             at, values = (a[-WINDOW:] for a in view.series(metric))
             bad |= set(at[sign * values >= sign * line].tolist())
@@ -77,6 +80,7 @@ def _collapsed(view: View) -> Reading | None:
 
 
 def _gap(view: View) -> Reading | None:
+    """Demand above served by more than a quarter of a fair share (own choice; the guide says "large")."""
     (steps, served), (_, demand) = view.series(), view.series("router/frac_dem_max")
     n, allowed = min(len(served), len(demand)), 0.25 / view.shape.E
     served, demand, steps = served[len(served) - n:], demand[len(demand) - n:], steps[len(steps) - n:]
@@ -88,12 +92,14 @@ def _gap(view: View) -> Reading | None:
 
 
 def _entropy_falls(view: View) -> Reading | None:
+    """Under 0.1 ln E (own choice; the guide says "far below 0.2 ln E"), early, and falling by more than a trifle."""
     found, values = sustained(below=lambda s: s.entropy(0.1))(view), view.series()[1]
     early = found is not None and found.last < LATE
     return found if early and change(values[-2 * WINDOW:]) < -view.shape.entropy(0.02) else None
 
 
 def _aux_grows(view: View) -> Reading | None:
+    """Both by more than a tenth within 100 logged steps (own choice)."""
     (steps, aux), (_, top) = view.series(), view.series("router/max_frac_mean")
     alpha = view.columns.get("router/load_balance_alpha")
     n = 2 * WINDOW
@@ -126,7 +132,10 @@ def _starved(view: View) -> Reading | None:
 
 
 def _clipped(above: float, still: bool) -> Test:
-    """Clipped in more than this part of all steps; ``still``: and the count still climbs."""
+    """Clipped in more than this part of all steps; ``still``: and the count still climbs.
+
+    The guide's healthy end is 0.10; 0.5 for an alarm is an own choice, below the 65 to 70 % that its users judged high.
+    """
     def test(view: View) -> Reading | None:
         steps, values = view.series()
         if len(values) < 2 * WINDOW:
@@ -144,7 +153,7 @@ def _biased(test: Test) -> Test:
     return lambda view: test(view) if "router/bias_update_speed" in view.columns else None
 
 
-UNEVEN = 0.3  # of a fair share: the guide says "high variance" without a number
+UNEVEN = 0.3  # of a fair share: own choice, the guide says "high variance"
 
 
 def _uneven(view: View) -> Reading | None:
@@ -198,7 +207,8 @@ RULES: list[Rule] = [
          "too peaked, collapse likely: top-1 probability {value:.2f} sustained, above {line:.2f} "
          "(uniform {uniform:.3f})", EXPLORE, "once router/top1_p_mean is back under {peak:.2f}"),
     Rule("entropy", "router/entropy_mean", "alarm", _entropy_falls,
-         "entropy {value:.2f} nats is far below 0.2 ln E = {low:.2f} early and falling: collapse likely",
+         "entropy {value:.2f} nats, under 0.1 ln E = {low:.2f} early and falling, is far below the healthy 0.2 ln E = "
+         "{sharp:.2f}: collapse likely",
          (*EXPLORE, *BALANCE), "once router/entropy_mean is back above {sharp:.2f} nats"),
     Rule("clipping", "grad/clipped_cum", "alarm", _clipped(0.5, still=True),
          "the gradient was clipped in {value:.0%} of all steps and in {recent:.0%} of the last {n}, healthy is under "
@@ -224,11 +234,11 @@ RULES: list[Rule] = [
          "the experts' shares lie {value:.1%} apart (standard deviation; {least:.1%} to {most:.1%}), sustained above "
          "{line:.1%}: the bias follows the load too slowly", (FASTER,),
          "step by step back once the shares are even for 100 steps, or if they swing from step to step"),
-    # The guide's 0.01 is of the term at E = 8 and its coefficient of 1e-3: of the logits themselves, it is 10.
+    # The users' guide has 0.01 for the term at E = 8 and a coefficient of 1e-3: for the logits themselves that is 10.
     Rule("z_loss", "router/z_mean", "watch",
          _biased(sustained(above=lambda s: 10 * (s.entropy(1) / math.log(8)) ** 2)),
-         "the router's logits grow: z {value:.1f} sustained, above {line:.1f} (the guide's z-loss of 0.01 at 8 experts "
-         "and a coefficient of 0.001)", (up_to("router_z_loss_coef", 1e-3, 5e-3),),
+         "the router's logits grow: z {value:.1f} sustained, above {line:.1f} (a z-loss of 0.01 at 8 experts and a "
+         "coefficient of 0.001)", (up_to("router_z_loss_coef", 1e-3, 5e-3),),
          "once router/z_mean is under {line:.1f} for 100 steps"),
     Rule("active", "router/active_min", "watch", spike(below=lambda s: s.E - max(1, s.E // 8)),
          "dips to {value:.0f} active experts of {E}, {times} in the last {n} logged steps",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_core.token_text import CLASSES, shown
+from moe_core.token_text import shown
 
 PRIOR = 10.0  # tokens' worth of prior in a log-odds, shared out as the whole probe has its tokens
 SHUFFLES = 200  # permutations behind "what chance gives"
@@ -179,12 +179,6 @@ class Inspection:
             found.append((float(nats[0]), float(nats[1:].mean()), float(nats[1:].std()),
                           float(min(of_class, of_expert - np.log(top_k)))))
         return found
-
-
-def class_counts(inspection: Inspection) -> dict[str, int]:
-    """How many tokens of the probe are of each class, in the order of ``CLASSES``; those with none are left out."""
-    counts = np.bincount(inspection.classes, minlength=len(CLASSES))
-    return {name: int(count) for name, count in zip(CLASSES, counts, strict=True) if count}
 
 
 def _entropy(shares: np.ndarray | Sequence[float]) -> np.ndarray:

@@ -23,7 +23,14 @@ from moe_core.model import Output
 from moe_core.optim import lr_shape, main_lr
 
 PER_LAYER = 6  # numbers that a layer reports beside its shares
-COLLAPSED_SHARE = 0.90  # largest demand of one expert at which a layer counts as collapsed
+
+
+def collapse_lines(top_k: int) -> tuple[float, int]:
+    """From which largest demand up, and from how many active experts down, a layer counts as collapsed.
+
+    An expert that all tokens ask for has 1/K of the assignments, and K experts are active at the least.
+    """
+    return 0.90 / top_k, top_k
 
 
 def pack(out: Output) -> Tensor:
@@ -137,7 +144,8 @@ def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict
     loss itself, minimised or not. ``router/seq_aux_mean``, that of each sequence by itself times
     ``sequence_balance_alpha``, is there where it is minimised, and ``router/no_expert_mean``, the share of tokens
     that no expert took, where experts choose. ``router/bias_e{i}/layer_{l}`` has no mean: what is added
-    to all of a layer's experts moves nothing.
+    to all of a layer's experts moves nothing. ``router/collapsed`` is 1 where a layer is past one of
+    :func:`collapse_lines`, unless every expert takes every token by K = E.
     """
     demand_LE, served_LE = reading.shares
     top_L = demand_LE.max(-1)
@@ -159,7 +167,9 @@ def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict
     out = {name: float(values.mean()) for name, values in per_layer.items()}
     out["router/max_frac_max"] = float(top_L.max())
     out["router/active_min"] = float(active_L.min())
-    out["router/collapsed"] = float(top_L.max() >= COLLAPSED_SHARE or active_L.min() <= 1)
+    share, active = collapse_lines(router.top_k)
+    chooses = router.top_k == 1 or router.top_k < demand_LE.shape[1]
+    out["router/collapsed"] = float(chooses and (top_L.max() >= share or active_L.min() <= active))
     for key, share_E in (("dem", demand_LE.mean(0)), ("srv", served_LE.mean(0))):
         out[f"router/frac_{key}_max"] = float(share_E.max())
         out[f"router/active_{key}"] = float((share_E > 0).sum())

@@ -53,14 +53,14 @@ class Finding:
 
 
 class Shape(NamedTuple):
-    """What the lines of the guide are scaled to."""
+    """What the lines of the router guide (``moe_core.guide``) are scaled to."""
 
     E: int
     K: int
 
     def share(self, at_8: float, way: float) -> float:
         """A line that the guide draws at E = 8, as so many fair shares; but never nearer to 1/K, where one expert
-        has every token, than this part of the ``way`` there from the fair share."""
+        has every token, than this part of the ``way`` there from the fair share (own choice, for a few experts)."""
         return min(at_8 * 8 / self.E, 1 / self.E + way * (1 / self.K - 1 / self.E))
 
     def peak(self, at_8: float) -> float:
@@ -122,7 +122,7 @@ LeverMaker = Callable[[Mapping[str, float], str], Lever | None]
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the guide. Of the rules with one ``name`` only the worst that fires is said.
+    """One line of the router guide. Of the rules with one ``name`` only the worst that fires is said.
 
     ``says`` is a format string: {value} {low} {high} {line} {uniform} {lnE} {E} {K} {n}, and the test's own words;
     ``undo`` is one too.
@@ -136,7 +136,6 @@ class Rule:
     levers: Sequence[LeverMaker] = ()
     undo: str = "once the finding has gone for 100 steps"
     layers: bool = True  # whether each layer is also read by itself
-
 
 
 def streak(steps: np.ndarray, values: np.ndarray, low: float | None, high: float | None) -> tuple[int, float] | None:

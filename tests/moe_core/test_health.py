@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_core.config import RouterConfig
 from moe_core.health import RULES, Rule, findings, healthy_band, sustained
 from moe_core.knobs import KNOBS
+from moe_core.metrics import Reading, router_metrics
 
 EXPERIMENT_1 = {"router_temp": 1.3, "router_noise_std": 0.3, "load_balance_alpha": 0.12, "router_z_loss_coef": 1e-3,
                 "capacity_factor": 1.25, "lr_scale": 1.0, "grad_clip": 1.0}
@@ -127,10 +129,23 @@ def test_a_line_is_scaled_to_the_picks():
         ("alarm", "max_frac_max", "router/max_frac_max")}
 
 
+@pytest.mark.parametrize("K, demand, is_so", [
+    (1, [0.9, 0.1, 0, 0], 1), (1, [0.89, 0.11, 0, 0], 0), (1, [1, 0, 0, 0], 1), (2, [0.5, 0.5, 0, 0], 1),
+    (2, [0.46, 0.2, 0.2, 0.14], 1), (2, [0.44, 0.3, 0.26, 0], 0), (4, [0.25] * 4, 0)])
+def test_collapsed_means_the_same_to_the_metric_and_to_the_rule(K, demand, is_so):
+    """An expert in nine of ten tokens' picks, or K experts that have all; not where K = E leaves no choice."""
+    shares = np.tile(np.array(demand, np.float32), (2, 1, 1))
+    told = router_metrics(Reading(0.0, *np.zeros((6, 1)), shares, None, np.zeros(0)), 0.0, RouterConfig(top_k=K))
+    assert told["router/collapsed"] == is_so
+    frame = pd.DataFrame({name: told[name] for name in ("router/max_frac_max", "router/active_min")}, index=[1])
+    assert ("collapsed" in {found.rule for found in findings(frame, {}, 4, K)}) == is_so
+
+
 def test_entropy_far_below_early_is_an_alarm_only_while_it_falls():
     falling = put(healthy(), "router/entropy_mean", np.linspace(0.4, 0.05, 100) * LN8, last=100)
     found = findings(put(falling, "router/entropy_mean", np.linspace(0.11, 0.05, 50) * LN8), EXPERIMENT_1, 8)
     assert [(f.level, f.rule) for f in found] == [("alarm", "entropy")]
+    assert "under 0.1 ln E = 0.21" in found[0].text and "0.2 ln E = 0.42" in found[0].text
     steady = put(healthy(), "router/entropy_mean", 0.09 * LN8, last=200)
     assert {f.level for f in findings(steady, EXPERIMENT_1, 8)} == {"watch"}
 
