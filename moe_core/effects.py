@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moe_core.checked import is_integer, plain
 from moe_core.knobs import KNOBS
 from moe_core.noise import PHI, holm, regress
 from moe_core.store import RunStore
@@ -49,7 +50,7 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
     cut a window, or was too little). A count that only grows, ``..._cum``,
     is read as its growth a step. Raises ValueError for a window of fewer than 20 steps.
     """
-    if not isinstance(window, int) or isinstance(window, bool) or window < ENOUGH:
+    if not is_integer(window := plain(window), ENOUGH):
         raise ValueError(f"window = {window!r}: must be an integer, at least {ENOUGH}")
     turns = [event for event in store.read_events(branch) if event["kind"] == "knob"]
     rows, found = store.read_steps(branch, shares=False), []

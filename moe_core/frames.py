@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_core.checked import is_integer, plain
 from moe_core.store import RunStore
 
 _SAID = ["step", "kind", "asked", "applied", "branch", "name", "mode", "value", "over", "text"]
@@ -13,7 +14,7 @@ def metrics(store: RunStore, branch: int, since: int, per_layer: bool):
     """One row a step after ``since``, index ``step``; NaN where a step has no such metric."""
     import pandas as pd
 
-    rows = store.read_steps(branch, since, shares=False)
+    rows = store.read_steps(branch, _after(since), shares=False)
     frame = pd.DataFrame(rows.values, columns=rows.names, index=pd.Index(rows.steps, name="step"))
     return frame if per_layer else frame[[name for name in frame if "/layer_" not in name]]
 
@@ -22,13 +23,19 @@ def experts(store: RunStore, branch: int, since: int):
     """One row for every step, layer and expert: step, layer, expert, demand, served."""
     import pandas as pd
 
-    rows = store.read_steps(branch, since)
+    rows = store.read_steps(branch, _after(since))
     n, _, n_layer, n_experts = rows.shares.shape
     return pd.DataFrame({
         "step": np.repeat(rows.steps, n_layer * n_experts),
         "layer": np.tile(np.repeat(np.arange(n_layer), n_experts), n),
         "expert": np.tile(np.arange(n_experts), n * n_layer),
         "demand": rows.shares[:, 0].reshape(-1), "served": rows.shares[:, 1].reshape(-1)})
+
+
+def _after(since: int) -> int:
+    if not is_integer(since := plain(since), 0):
+        raise ValueError(f"since = {since!r}: must be a step, 0 or later")
+    return since
 
 
 def events(store: RunStore, branch: int):

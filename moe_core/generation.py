@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moe_core.checked import is_integer, plain
 from moe_core.config import RunConfig
 from moe_core.data import tokenizer_of
 from moe_core.data.pretrained import Pretrained
@@ -83,6 +84,8 @@ def stream(run, prompt, max_new_tokens: int | None = None, step: int | str | Non
 def _stream(run, prompts: list, max_new_tokens: int | None, step: int | str | None, *, temperature: float = 1.0,
             top_k: int | None = None, top_p: float | None = None, seed: int = 0) -> Iterator[list[_Writer]]:
     config, tokenizer = run.config, _tokenizer(run)
+    if not is_integer(seed := plain(seed), 0, 2**63 - 1):
+        raise ValueError(f"seed = {seed!r}: must be an integer, 0 to {2**63 - 1}")
     ids = [_encoded(prompt, tokenizer) for prompt in prompts]
     weights = weights_of(run, step)
     generator = torch.Generator(resolve_device(config)).manual_seed(seed)

@@ -244,6 +244,8 @@ def test_a_run_that_turns_non_finite_pauses_by_itself(tiny_run):
     (lambda run: run.step(0), "n = 0: must be an integer, at least 1"),
     (lambda run: run.note("  "), "text = '  ': a note must say something"),
     (lambda run: run.note("x", step=99), "step = 99: must be a step of this line, 0 to 0"),
+    (lambda run: run.metrics(since="a"), "since = 'a': must be a step, 0 or later"),
+    (lambda run: run.generate("x", seed=-1), "seed = -1: must be an integer, 0 to"),
     (lambda run: run.metrics(branch="b"), "branch = 'b': must be one of 'main'"),
 ])
 def test_a_wrong_wish_is_refused_where_it_is_made_and_leaves_no_trace(tiny_run, turn, line):
