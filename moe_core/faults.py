@@ -5,6 +5,7 @@ Both leave the run as it was before the step. What is worked out here costs only
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -56,7 +57,9 @@ def first_in_forward(model: Transformer, batches: Sequence[tuple[Tensor, Tensor]
     for number, (window, noise) in enumerate(batches, 1):
         own = torch.Generator(window.device)  # never the run's
         own.set_state(noise)
-        seen: dict[str, Tensor] = {}
+        # Positions are added by their row, so they have no call to look at.
+        seen = {} if model.positions is None else {
+            "the learned positions": _finite(model.positions.weight[: window.shape[1] - 1])}
         hooks = [module.register_forward_hook(_noting(seen, place)) for place, module in _parts(model)]
         try:
             out = model(window[:, :-1], window[:, 1:], controls=controls, generator=own, return_logits=True)
@@ -72,8 +75,11 @@ def first_in_forward(model: Transformer, batches: Sequence[tuple[Tensor, Tensor]
 
 
 def _noting(seen: dict[str, Tensor], place: str) -> Callable:
+    calls = itertools.count()
+
     def note(module: nn.Module, args: tuple, output) -> None:
-        seen[place] = _finite(output) & seen.get(place, torch.tensor(True, device=args[0].device))
+        if next(calls) == 0:  # the final norm is called again, by the heads for tokens further on
+            seen[place] = _finite(output) & seen.get(place, torch.tensor(True, device=args[0].device))
     return note
 
 
@@ -82,19 +88,25 @@ def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
     yield "the embedding", model.embed
     for i, block in enumerate(model.blocks):
         layer = "" if not model.n_dense or i < model.n_dense else f" (layer {i - model.n_dense} of the metrics)"
-        routed = isinstance(block.mlp, MoE)
-        yield f"block {i}{layer}, attention", block.attn_norm
-        yield f"block {i}{layer}, attention", block.attn
-        yield f"block {i}{layer}, {'router' if routed else 'MLP'}", block.mlp_norm
-        if routed:
-            yield f"block {i}{layer}, router", block.mlp.router
-            yield f"block {i}{layer}, experts", block.mlp.experts
-            if block.mlp.shared is not None:
-                yield f"block {i}{layer}, shared experts", block.mlp.shared
-        else:
-            yield f"block {i}{layer}, MLP", block.mlp
-        yield f"block {i}{layer}, residual stream", block
+        yield from _parts_of(block, f"block {i}{layer}")
     yield "the final norm", model.norm
+    for k, head in enumerate(model.mtp, 1):
+        yield from _parts_of(head, f"head {k} for tokens further on")
+
+
+def _parts_of(block: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    routed = isinstance(block.mlp, MoE)
+    yield f"{name}, attention", block.attn_norm
+    yield f"{name}, attention", block.attn
+    yield f"{name}, {'router' if routed else 'MLP'}", block.mlp_norm
+    if routed:
+        yield f"{name}, router", block.mlp.router
+        yield f"{name}, experts", block.mlp.experts
+        if block.mlp.shared is not None:
+            yield f"{name}, shared experts", block.mlp.shared
+    else:
+        yield f"{name}, MLP", block.mlp
+    yield f"{name}, residual stream", block
 
 
 def _finite(value) -> Tensor:

@@ -17,13 +17,16 @@ SPOILT = {
     "router": ("blocks.1.mlp.router", math.nan, "train/ce", "block 1, router$"),
     "experts": ("blocks.1.mlp.experts.w_down", math.nan, "train/ce", "block 1, experts$"),
     "final norm": ("norm", math.inf, "train/ce", "the final norm$"),
+    "learned positions": ("positions", math.nan, "train/ce", "the learned positions$"),
+    "head further on": ("mtp.1.mlp.down_proj", math.nan, "train/mtp", "head 2 for tokens further on, MLP$"),
 }
 
 
 @pytest.mark.parametrize("path, value, term, where", SPOILT.values(), ids=SPOILT)
 def test_a_step_that_is_not_finite_is_refused_and_says_where_it_began(make, path, value, term, where):
     """One weight spoilt: term and first place; weights, next batch and noise are as before, and refusals count."""
-    trainer, twin = make(dropout=0.1), make(dropout=0.1)
+    more = {"positions": dict(use_rope=False), "mtp": dict(n_mtp=2)}.get(path.partition(".")[0], {})
+    trainer, twin = make(dropout=0.1, **more), make(dropout=0.1, **more)
     trainer.step(), twin.step()
     weight = trainer.model.get_parameter(path if path.endswith("w_down") else f"{path}.weight")
     token = int(trainer.train.next()[0, 3])  # one that the next batch has
