@@ -113,7 +113,7 @@ class Timeline:
         The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
         ``wait`` False returns while the session is still moving there.
         """
-        step = self._check_step(step)
+        step = self._check_reachable(step)
         self._check_name(name)
         if name is not None and name in set(self.branches()["name"]):
             raise ValueError(f"name = {name!r}: there is a branch of that name already")
@@ -149,7 +149,7 @@ class Timeline:
         changed, and a fork with changes cannot go back to before ``step``. It remembers its parent:
         ``child.store.get_meta("parent")``. Raises ConfigError.
         """
-        step = self._check_step(self._step if step is None else step)
+        step = self._check_reachable(self._step if step is None else step)
         changes = {name: plain(value) for name, value in changes.items()}
         config = self.config.replace(**changes)
         if ((config.data, config.seed) != (self.config.data, self.config.seed)
@@ -227,10 +227,10 @@ class Timeline:
         """The first step whose state this run's config leads to, or goes on from; 0 but for a fork with changes."""
         return self._parent.get(origin.FIRST, 0)
 
-    def _check_step(self, step: int, field: str = "step") -> int:
-        step = super()._check_step(step, field)
+    def _check_reachable(self, step: int) -> int:
+        step = self._check_step(step)
         if step < self._first:
-            raise ValueError(f"{field} = {step}: must be at least {self._first}; what this fork changed was otherwise "
+            raise ValueError(f"step = {step}: must be at least {self._first}; what this fork changed was otherwise "
                              f"before, so go back in its parent: {self._parent['path']}")
         return step
 

@@ -58,6 +58,7 @@ def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tin
     child.step(2)
     with pytest.raises(ValueError, match=r"step = 2: must be at least 3; .* go back in its parent: .*run"):
         child.rewind(2)
+    child.note("seen in the parent's time", step=1)
     with pytest.raises(ValueError, match="replay: the steps up to 3 were taken by this run's parent"):
         child.replay()
     grandchild = child.fork(tmp_path / "grandchild")
