@@ -217,11 +217,11 @@ def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = Non
     bands, rules = _share_band(largest, n_experts, top_k, *(line["y"] for line in drawn)), _fair(n_experts)
     if bands:
         top = _top(n_experts, *(line["y"] for line in drawn))
-        bands = (replace(bands[0], words="healthy largest demand", color=MAGENTA),)
-        for uid, words, color, name in (lines[0], lines[2]):
+        bands = (replace(bands[0], words="", color=MAGENTA),)
+        for uid, words, color, name in lines:
             most = healthy_band(name, n_experts, top_k)[1]
-            keys[uid] = f"{words} (┅ ≤ {most:.0%})"
-            rules += ((most if most < top else None, "", color),)
+            keys[uid] = f"{words} ({'┅░'[name == largest]} ≤ {most:.0%})"
+            rules += () if name == largest else ((most if most < top else None, "", color),)
     return Chart("concentration",
                  _titled(_named("Load", layer), *(_key(color, keys[uid]) for uid, _, color, _ in lines)), (
                      *_grey("max-frac", others, largest, f"largest demand {hover}"), *drawn), x={"title": STEP},

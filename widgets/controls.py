@@ -84,7 +84,7 @@ class KnobControl:
 
     def _status(self, pending: bool) -> str:
         if self._refused:
-            short = html.escape(self._refused.rpartition(": ")[2])
+            short = html.escape(self._refused.rpartition(": ")[2].replace("must be a number from", "must be"))
             return f'<span class="moe-error" role="alert" title="{html.escape(self._refused)}">{short}</span>'
         if pending:
             return '<span class="moe-pending" title="Waits for the next step boundary">(pending)</span>'

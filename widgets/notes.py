@@ -88,6 +88,7 @@ class Refusal:
 
     def __init__(self):
         self.widget = ipw.HTML()
+        self.widget.add_class("moe-refused")
 
     def __call__(self, why: str) -> None:
         self.widget.value = f'<span class="moe-error" role="alert">{html.escape(why)}</span>' if why else ""

@@ -78,6 +78,8 @@ _CSS = """
 .moe-workbench.jupyter-widgets-disconnected > *, .moe-workbench.moe-over > :not(.moe-run) { opacity: 0.55; }
 .moe-workbench.jupyter-widgets-disconnected > * { pointer-events: none; }
 .moe-charts { overflow: auto hidden; }  /* a view that is narrower than the one that the figure was laid out for */
+.moe-over .moe-findings-levers { pointer-events: none; }
+.moe-refused { order: 1; }  /* behind all else in its row, whose buttons stay where they are */
 .moe-key { font-size: 11px; color: var(--jp-ui-font-color2); }
 .moe-page { height: 0; overflow: hidden; }
 .moe-workbench .widget-html-content { line-height: 1.35; }

@@ -148,17 +148,21 @@ def _entries(events: Sequence[dict], effects: pd.DataFrame | None = None) -> lis
     parts: list[Block] = []
     events = [{**event["payload"], **event} for event in events]
     turns: dict[int, list[str]] = {}
+    answers: dict[int, list[str]] = {}  # the words of the findings that they answer
     for event, lost in zip(events, superseded(events), strict=True):
         if event["kind"] == "knob":
             turns.setdefault(event["step"], []).append(say(event | {"superseded": lost}))
+            answers.setdefault(event["step"], []).extend(
+                [f"In answer to: {event['why']}."] if isinstance(event.get("why"), str) else [])
     for event in events:
         kind, at = event["kind"], f"step {event['step']:,}"
         if kind == "note":
             parts.append(Entry(at, kind, "Note", (Note(str(event.get("text", ""))),)))
         elif kind == "knob":
             if said := turns.pop(event["step"], None):
+                whys = dict.fromkeys(answers[event["step"]])
                 brought = () if effects is None else tuple(effect_blocks(effects, event["step"]))
-                parts.append(Entry(at, kind, "; ".join(said), brought))
+                parts.append(Entry(at, kind, "; ".join(said), (*map(Text, whys), *brought)))
         elif kind == "finding":  # it came, at its level, or it went
             parts.append(Entry(at, event.get("level", "watch") if event.get("state") == "here" else "ok", say(event)))
         elif kind not in BOOKKEEPING:

@@ -91,6 +91,7 @@ def test_what_apply_offers_at_rest_begins_at_what_the_knob_was_turned_to(panel, 
 
 
 def test_a_script_applies_what_the_button_applies(tiny_run):
+    """Its turns say what they answer, in the report once a step, though no panel wrote the finding down."""
     run = tiny_run()
     run.step(1)
     run._trainer.model.blocks[0].mlp.router.bias.data[1] += 9.0
@@ -98,8 +99,11 @@ def test_a_script_applies_what_the_button_applies(tiny_run):
     found = run.health()[0]
     health.answer(run, found, found.levers[0])
     assert run.knobs[found.levers[0].knob].value == pytest.approx(found.levers[0].value_to)
-    assert run.events().iloc[-1]["finding"] == found.rule
+    assert run.events().iloc[-1][["finding", "why"]].tolist() == [found.rule, found.text]
     assert len(run.events()) == 1
+    health.answer(run, found)
+    report = run.report(run.path / "report.md").read_text()
+    assert report.partition("# Timeline")[2].count(f"In answer to: {found.text}.") == 1
 
 
 def test_findings_come_and_go_in_the_log_once_each(panel, rules):
