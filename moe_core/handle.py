@@ -74,19 +74,21 @@ class KnobHandle:
         """Go back to the schedule."""
         self._post("follow")
 
-    def hold(self, value: float, finding: str | None = None) -> None:
-        """Stay at ``value``. Raises KnobError out of range. ``finding``: the rule that it answers, for the log."""
-        self._post("hold", finding, value=value)
+    def hold(self, value: float, finding: str | None = None, why: str | None = None) -> None:
+        """Stay at ``value``. Raises KnobError out of range. For the log: the rule of the ``finding`` that it answers,
+        and its words, ``why``.
+        """
+        self._post("hold", finding, why, value=value)
 
     def ramp(self, to: float, over: int) -> None:
         """Move linearly to ``to`` in ``over`` steps, then stay there. Raises KnobError out of range."""
         self._post("ramp", value=to, over=over)
 
-    def _post(self, mode: str, finding: str | None = None, **how) -> None:
+    def _post(self, mode: str, finding: str | None = None, why: str | None = None, **how) -> None:
         how = {key: plain(value) for key, value in how.items()}
         check_turn(self.name, mode, **how)
-        why = {} if finding is None else {"finding": finding}
-        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how, **why}))
+        said = {key: text for key, text in (("finding", finding), ("why", why)) if text is not None}
+        self._run.session.post(Command("knob", {"name": self.name, "mode": mode, **how, **said}))
 
     def __repr__(self) -> str:
         held = "" if self.target is None else f" {self.target:g}"

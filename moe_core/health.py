@@ -131,4 +131,4 @@ def answer(run, finding: Finding, lever: Lever | None = None) -> None:
     This is what the panel's Apply does. ``run``: a :class:`~moe_core.Run`, or one that is attached to.
     """
     for turn in finding.levers if lever is None else (lever,):
-        run.knobs[turn.knob].hold(turn.value_to, finding=finding.rule)
+        run.knobs[turn.knob].hold(turn.value_to, finding=finding.rule, why=finding.text)

@@ -6,7 +6,9 @@ import pytest
 
 from moe_core import health
 from moe_core.health import RULES, Rule, spike
+from widgets import report_contents
 from widgets.findings import LASTS, Findings
+from widgets.record import Record
 from widgets.notes import Log
 from widgets.spark import HEIGHT, POINTS, WIDTH
 from widgets.spark import spark as draw
@@ -102,8 +104,7 @@ def test_a_script_applies_what_the_button_applies(tiny_run):
     assert run.events().iloc[-1][["finding", "why"]].tolist() == [found.rule, found.text]
     assert len(run.events()) == 1
     health.answer(run, found)
-    report = run.report(run.path / "report.md").read_text()
-    assert report.partition("# Timeline")[2].count(f"In answer to: {found.text}.") == 1
+    assert str(report_contents._timeline(Record.read(run))).count(f"In answer to: {found.text}.") == 1
 
 
 def test_findings_come_and_go_in_the_log_once_each(panel, rules):
