@@ -8,8 +8,8 @@ from moe_core import health
 from moe_core.health import RULES, Rule, spike
 from widgets import report_contents
 from widgets.findings import LASTS, Findings
-from widgets.record import Record
 from widgets.notes import Log
+from widgets.record import Record
 from widgets.spark import HEIGHT, POINTS, WIDTH
 from widgets.spark import spark as draw
 
