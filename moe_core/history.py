@@ -230,7 +230,8 @@ class History:
         step = trainer.steps_done
         with RunStore.create(path, config, **origin.inherited(self.store)) as child:
             child.set_meta("parent", parent | {"branch": line, "step": step})
-            child.set_meta(provenance.META, self.store.get_meta(provenance.META))
+            for key in (provenance.META, provenance.DATA):
+                child.set_meta(key, self.store.get_meta(key))
             rows = self.store.read_steps(line)
             for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
                 child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 META = "provenance"  # the store's meta key
+DATA = "data"  # the store's meta key: the fingerprint of what it was last trained on
 PACKAGES = ("moe-workbench", "torch", "numpy", "datasets", "tokenizers", "transformers")
 
 
@@ -39,6 +40,19 @@ def same_threads(store, device: torch.device, say: Callable[[str], None]) -> Non
         say(f"{store.path}: was begun with {begun} thread{'s' * (begun != '1')} and goes on with as many, so that its "
             f"numbers stay the same; this process had {now}")
         torch.set_num_threads(int(begun))
+
+
+def same_data(store, branch: int, step: int, fingerprint: str, say: Callable[[str], None]) -> None:
+    """Say, and write down as an alert, where a run goes on from ``step`` with other data than it was trained on."""
+    known = store.get_meta(DATA)
+    if known == fingerprint:
+        return
+    if known is not None and step:
+        text = (f"the training data is not what it was up to step {step}: its text, its tokenizer or the version of "
+                "the tokenizers library has changed; training goes on with what is there now")
+        store.log_event(branch, step, "alert", {"text": text})
+        say(f"{store.path}: {text}")
+    store.set_meta(DATA, fingerprint)  # of a run from before this was kept too
 
 
 def _cpu() -> str:

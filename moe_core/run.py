@@ -17,6 +17,7 @@ from pathlib import Path
 from moe_core import finetune, origin, provenance
 from moe_core.attach import Attached
 from moe_core.config import RunConfig
+from moe_core.data import fingerprint
 from moe_core.face import Face
 from moe_core.history import History
 from moe_core.knobs import Knobs, check_turn
@@ -126,6 +127,7 @@ class Run(Timeline, Face):
         with _closed_on_error(store):
             run = cls(store, config, trainer)
             store.set_meta(provenance.META, provenance.gather(trainer.device))
+            store.set_meta(provenance.DATA, fingerprint(config, say))
         return run
 
     @classmethod
@@ -178,7 +180,8 @@ class Run(Timeline, Face):
         payload = dict(command.payload)
         step = payload.pop("at", self._step)
         if command.kind == "knob":
-            check_turn(self._knobs[payload["name"]].spec.name, payload["mode"], payload.get("value"), payload.get("over"))
+            knob = self._knobs[payload["name"]]  # refuses a name that is none
+            check_turn(knob.spec.name, payload["mode"], payload.get("value"), payload.get("over"))
             # The first step that it can act on: one whose row is not on disk yet has been taken.
             step = self._step + len(self._unwritten) + 1
             self._knobs.turn(payload, step)

@@ -12,7 +12,7 @@ from moe_core.ab import AB, check_choices
 from moe_core.checked import plain
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
-from moe_core.data import open_data
+from moe_core.data import fingerprint, open_data
 from moe_core.history import other_shape
 from moe_core.knobs import Knobs
 from moe_core.store import RunStore
@@ -38,8 +38,10 @@ class Timeline:
         the session's thread.
         """
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        if self._trainer is None and not self.resume(go_on):
-            return False
+        if self._trainer is None:
+            provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
+            if not self.resume(go_on):
+                return False
         self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
         self.history.snapshot(self._branch.id, self._trainer)
         return True

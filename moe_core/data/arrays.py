@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +22,21 @@ def token_arrays(data: DataConfig, vocab_size: int, say: Callable[[str], None]) 
 
     Validation is the array in ``val_data``, or the last ``val_fraction`` of the training one.
     """
-    train = _open(data, "dataset_name", vocab_size, say)
+    train, _ = _open(data, "dataset_name", vocab_size, say)
     if data.val_data is not None:
-        return train, _open(data, "val_data", vocab_size, say)
+        return train, _open(data, "val_data", vocab_size, say)[0]
     at = len(train) - int(len(train) * data.val_fraction)
     return train[:at], train[at:]
 
 
-def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], None]) -> np.ndarray:
+def array_digests(data: DataConfig, vocab_size: int, say: Callable[[str], None]) -> list[str]:
+    """What names the content of the training array, and of the one in ``val_data``. Raises DataError."""
+    fields = ["dataset_name", *(["val_data"] if data.val_data is not None else [])]
+    return [_open(data, field, vocab_size, say)[1] for field in fields]
+
+
+def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], None]) -> tuple[np.ndarray, str]:
+    """The array, and a digest of its ids, which is made where they are checked: once, while the file stays the same."""
     path = Path(getattr(data, field)).expanduser().absolute()
 
     def refused(what: str) -> DataError:
@@ -58,19 +66,20 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         raise refused(f"must be a 1-D array of integers, token ids; it is {tokens.ndim}-D of {tokens.dtype}")
     if not len(tokens):
         raise refused("must hold token ids; it is empty")
-    stamp = cache_root() / "stamps" / key_of("array", str(path), stat.st_size, stat.st_mtime_ns, str(tokens.dtype))
-    if not (stamp.is_file() and int(stamp.read_text()) < vocab_size):
+    stamp = cache_root() / "stamps" / key_of("ids", str(path), stat.st_size, stat.st_mtime_ns, str(tokens.dtype))
+    largest, digest = stamp.read_text().split() if stamp.is_file() else (vocab_size, "")
+    if int(largest) >= vocab_size:
         if len(tokens) > CHUNK:
             say(f"Checking the {len(tokens):,} token ids of {path} once")
-        largest = _checked(tokens, vocab_size, refused)
+        largest, digest = _checked(tokens, vocab_size, refused)
         with contextlib.suppress(OSError):  # where the cache cannot be written they are checked every time
-            write_whole(stamp, lambda file: file.write(str(largest).encode()))
-    return tokens
+            write_whole(stamp, lambda file: file.write(f"{largest} {digest}".encode()))
+    return tokens, digest
 
 
-def _checked(tokens: np.ndarray, vocab_size: int, refused: Callable[[str], DataError]) -> int:
-    """The largest id; raises what ``refused`` makes for the first that is not in the vocabulary."""
-    largest = 0
+def _checked(tokens: np.ndarray, vocab_size: int, refused: Callable[[str], DataError]) -> tuple[int, str]:
+    """The largest id and the digest; raises what ``refused`` makes for the first that is not in the vocabulary."""
+    largest, digest = 0, hashlib.blake2b(str(tokens.dtype).encode(), digest_size=10)
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]
         low, high = int(chunk.min()), int(chunk.max())
@@ -79,4 +88,5 @@ def _checked(tokens: np.ndarray, vocab_size: int, refused: Callable[[str], DataE
             raise refused(f"holds token id {int(chunk[at])} at place {start + at:,}; must be 0 to {vocab_size - 1}, "
                           f"since vocab_size = {vocab_size}")
         largest = max(largest, high)
-    return largest
+        digest.update(np.ascontiguousarray(chunk).data)
+    return largest, digest.hexdigest()

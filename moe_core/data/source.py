@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moe_core.config import DataConfig, RunConfig
 from moe_core.data.arrays import SUFFIXES as ARRAYS
-from moe_core.data.arrays import token_arrays
+from moe_core.data.arrays import array_digests, token_arrays
 from moe_core.data.batches import Batches, load_tokens, validation_batches
+from moe_core.data.cache import key_of
 from moe_core.data.corpus import EMBEDDED, DataError
 from moe_core.data.corpus import SUFFIXES as FILES
 from moe_core.data.hub import Documents, open_hub, validation_tokens
@@ -110,6 +111,18 @@ def open_data(config: RunConfig, pin: bool, say: Callable[[str], None]) -> Data:
         if pin:  # without a GPU a batch is copied from the mapped file in microseconds
             train = Prefetched(train, data.prefetch_factor * max(1, data.num_workers))
     return Data(train, validation_batches(val, block, batch, config.eval_iters), *about)
+
+
+def fingerprint(config: RunConfig, say: Callable[[str], None]) -> str:
+    """What names the tokens that a run whose config is :func:`settled` reads: other text, another tokenizer or other
+    ids have another one, the same in another place the same. Of a stream it is the tokenizer alone. Raises DataError.
+    """
+    data = config.data
+    tokenizer, kind = load_pretrained(data.tokenizer) if data.tokenizer else None, kind_of(data)
+    if kind in ("embedded", "files"):
+        return load_tokens(data, config.model.vocab_size, say, tokenizer).key
+    ids = array_digests(data, config.model.vocab_size, say) if kind == "array" else []
+    return key_of(kind, ids, tokenizer.digest if tokenizer else None)
 
 
 def tokenizer_of(config: RunConfig, say: Callable[[str], None]) -> Pretrained | None:

@@ -1,11 +1,13 @@
 """From a config to the data of a run: what a name means, whose vocabulary it is, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from moe_core import Run
 from moe_core.config import DataConfig
 from moe_core.data import DataError, documents, is_validation, load_tokens, open_data, settled
 from moe_core.data.pretrained import load_pretrained
@@ -129,6 +131,30 @@ def test_a_tokenizer_changed_behind_a_run_is_refused(tiny, make_tokenizer):
     shutil.copytree(make_tokenizer(additional_special_tokens=[f"<{i}>" for i in range(99)]), folder, dirs_exist_ok=True)
     with pytest.raises(DataError, match=r"^vocab_size = 768: must be at least the 799 tokens"):
         open_data(config, False, quiet)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "ids.npy"])
+def test_other_training_data_under_the_same_name_are_said_once(tiny, tmp_path, name, capsys):
+    """An alert and a line where a run that is opened again goes on with them; none for the same in a newer file."""
+    file, words = tmp_path / name, [b.decode("latin-1") for b in np.random.default_rng(7).bytes(400).split(b"a")]
+
+    def write(seed):
+        rng = np.random.default_rng(seed)
+        if name == "ids.npy":
+            return np.save(file, rng.integers(0, 512, 9000).astype(np.uint16))
+        file.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 80))}) + "\n" for _ in range(60)))
+
+    write(0)
+    Run.create(tmp_path / "run", tiny(dataset_name=str(file), vocab_size=512), say=quiet).close()
+    for step, seed, alerts in ((1, 0, 0), (2, 1, 1), (3, 1, 1)):
+        write(seed)
+        run = Run.open(tmp_path / "run")
+        run.step(1)
+        texts = run.events().query("kind == 'alert'")["text"].tolist() if len(run.events()) else []
+        run.close()
+        changed = "the training data is not what it was up to step 1"
+        assert len(texts) == alerts and all(text.startswith(changed) for text in texts)
+        assert (changed in capsys.readouterr().out) == (step == 2)
 
 
 def test_one_way_in_gives_the_same_batches_as_its_parts(tiny):
