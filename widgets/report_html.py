@@ -134,7 +134,7 @@ def _picture(picture: Picture, drawings: Mapping[str, bytes] | None) -> str:
     data = json.dumps(json.loads(picture.figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
     height = int(picture.figure.layout.height)
     entries = sum(trace.showlegend is not False for trace in picture.figure.data)
-    least = max(54 * min(entries, 16) + 80, 640) if picture.wide else NARROW  # below it a figure is scrolled
+    least = max(54 * min(entries, 16) + 80, 820) if picture.wide else NARROW  # below it a figure is scrolled
     return (f'<figure{wide} data-chart="{picture.name}" role="figure" aria-label="{label}">'
             f'<div style="height:{height}px;min-width:{least}px"></div></figure>'
             f'<script type="application/json" id="chart-{picture.name}">{data}</script>')

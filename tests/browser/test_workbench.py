@@ -92,7 +92,7 @@ def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(run_notebook, 
     """What a screen reader reads, and what a window of 1024 pixels shows."""
     page.set_viewport_size({"width": 1024, "height": 900})
     run_notebook("01_workbench.ipynb")
-    page.locator(".js-plotly-plot").wait_for()
+    page.locator(".js-plotly-plot").wait_for(timeout=120_000)
     unnamed = page.evaluate("""() => [...document.querySelectorAll(
         '.moe-workbench button, .moe-workbench input, .moe-workbench select, .moe-workbench [role=slider]')]
         .filter(e => e.offsetParent && !e.closest('.modebar') && !(
