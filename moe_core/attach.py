@@ -65,8 +65,8 @@ class Attached(Face):
 
     def __getattr__(self, name: str):
         if name in ("preview", "fork", "ab", "replay", "resume", "history"):
-            raise AttributeError(f"{name}: is for the process that trains {self.path}, and this one is attached to it; "
-                                 "where nobody trains it, mc.Run.open does it all")
+            raise AttributeError(f"{name}: not available on an attached run; use the process that trains {self.path}, "
+                                 "or mc.Run.open where none does")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
@@ -125,7 +125,7 @@ class _Remote:
     def _refuse_gone(self) -> None:
         if access.writer(self._run.path) is None:
             raise StoreError(f"{self._run.path}: no process trains this run, so nothing was changed; mc.Run.open "
-                             "goes on with it here")
+                             "continues it here")
 
     def start(self, n: int) -> None:
         if not is_integer(n := plain(n), 1):
@@ -155,8 +155,8 @@ class _Remote:
         told = self._run.store.get_meta(PROGRESS)
         if (seen.state == "gone" and told and told["state"] in BUSY
                 and seen.step < told["chunk_start"] + told["chunk_total"]):
-            raise StoreError(f"{self._run.path}: no process trains this run any more; it stands at step {seen.step} "
-                             "and mc.Run.open goes on with it here")
+            raise StoreError(f"{self._run.path}: no process trains this run any more; it is at step {seen.step}, and "
+                             "mc.Run.open continues it here")
         return True
 
     @property

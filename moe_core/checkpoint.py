@@ -54,7 +54,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
         _sync_folder(path.parent)
         return size
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not saved, the one before is as it was: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: not saved; the previous checkpoint is intact: {_reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[d
         with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
             header = file.metadata() or {}
             if "state" not in header or not header.get("format", "").isdigit():
-                raise CheckpointError(f"{path}: is not a checkpoint of a run")
+                raise CheckpointError(f"{path}: not a checkpoint of a run")
             if int(header["format"]) > FORMAT:
                 raise CheckpointError(f"{path}: was written by a newer version (format {header['format']}, this one "
                                       f"knows up to {FORMAT}); update to load it")
@@ -89,7 +89,7 @@ def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[d
             names = file.keys() if device is not None else ()
             return header, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read, it is cut short or no checkpoint: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: cannot be read; truncated or not a checkpoint: {_reason(error)}") from error
 
 
 def _crc32(path: str | os.PathLike) -> tuple[int, str]:

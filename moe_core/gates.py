@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RELATIONS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
 PASSED, FAILED, NOT_REACHED = "passed", "failed", "not reached"
-FORM = "METRIC < NUMBER or METRIC in LOW..HIGH, then nothing, by STEP, at STEP or from STEP"
+FORM = "METRIC < NUMBER or METRIC in LOW..HIGH, optionally followed by: by STEP, at STEP or from STEP"
 _NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 _LINE = re.compile(
     rf"(?P<metric>\S+?)\s*(?:(?P<relation><=|>=|==|<|>)\s*(?P<value>{_NUMBER})"

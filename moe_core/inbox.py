@@ -68,7 +68,7 @@ class Inbox:
                 raise
             aside = self._file.with_name(f"{FILE}.damaged-{time.time_ns()}")
             os.replace(self._file, aside)
-            print(f"{error}; no inbox of wishes, so it is put aside as {aside.name}")
+            print(f"{self._file}: damaged, so it is renamed {aside.name}; requests left in it are not carried out")
             return []
 
     def answer(self, wish: int, refused: str | None = None) -> None:

@@ -28,7 +28,7 @@ class Porter:
         self._told: dict | None = None
         self._closed = threading.Event()
         for wish in self._inbox.waiting():
-            self._inbox.answer(wish.id, "nobody trained the run any more when this was asked")
+            self._inbox.answer(wish.id, "no process was training the run when this was requested")
         self._tell(run)
         self._thread = threading.Thread(target=self._work, name="moe-porter", daemon=True)
         self._thread.start()
@@ -51,7 +51,7 @@ class Porter:
             except StoreError as error:  # a full disk, say; training goes on, and so does the looking
                 if str(error) != said and not self._closed.is_set():
                     said = str(error)
-                    print(f"{run.path}: wishes of other processes are not heard: {error}")
+                    print(f"{run.path}: requests from other processes cannot be read: {error}")
             del run
 
     def _look(self, run) -> None:

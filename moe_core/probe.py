@@ -114,8 +114,8 @@ def _probe(run, texts) -> Probe:
     if not config.model.n_experts:
         raise ValueError("inspect: a dense model has no experts to ask")
     if config.router.routing == "expert":
-        raise ValueError("inspect: routing = 'expert': must be 'token'; a token's experts hang on what else is read "
-                         "with it, so that there are none to call its own")
+        raise ValueError("inspect: routing = 'expert': must be 'token'; a token's experts depend on the tokens "
+                         "read with it, so it has none of its own")
     if texts is None:
         return _of_validation(source, config.model.block_size)
     documents, kinds = [], []

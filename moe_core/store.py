@@ -179,7 +179,7 @@ class RunStore:
                     branch_id << STEP_BITS | index(step), layout.id, float(time),
                     pack_metrics(layout.floats, metrics), data))
             except sqlite3.IntegrityError:
-                raise StoreError(f"{self.path}: step {step} is not written: there is one") from None
+                raise StoreError(f"{self.path}: step {step} is not written: it exists already") from None
             except (sqlite3.Error, ValueError, TypeError) as error:
                 raise StoreError(f"{self.path}: step {step} is not written: {error}") from error
 

@@ -52,7 +52,7 @@ def _cut(line: str) -> list[str]:
     try:
         found = list(lexer)
     except ValueError:
-        raise ConfigError(f"command = {line!r}: must have its quotes in pairs") from None
+        raise ConfigError(f"command = {line!r}: must have balanced quotes") from None
     return _command(found)
 
 

@@ -72,11 +72,11 @@ def train(line: commands.Line) -> int:
     else:
         resolve_device(config)  # refuses before anything is fetched
         if line.dialect != commands.OWN:
-            tell(f"read as a command of {line.dialect}; 'moe show RUN' says it in this project's own words")
+            tell(f"read as a command line of {line.dialect}; 'moe show RUN' prints it as one of moe train")
         wanted = Path(config.checkpoint_dir or default_place(line.preset or Path(line.dialect).stem))
         place = free_path(wanted)
         if place != wanted:
-            tell(f"{wanted}: exists already and stays as it is; this run goes to {place}")
+            tell(f"{wanted}: exists already and is left as it is; this run goes to {place}")
         run = Run.create(place, config, tell)
         total = config.optim.max_iters
     return drive(run, total)
@@ -97,7 +97,7 @@ def _resume_elsewhere(path: str, steps: int | None) -> int:
             tell(f"{path}: is training already, step {now.step}")
             return 0
         if steps is None and left < 1:
-            raise StoreError(f"{path}: is at step {now.step}, its planned end; say how many more with --steps N")
+            raise StoreError(f"{path}: is at step {now.step}, its planned end; use --steps N to train N more")
         run.session.start(steps or left)
         print(f"{path}: the process that has it open trains {steps or left} more steps from step {run.current_step}")
     return 0
@@ -119,7 +119,7 @@ def _return(path: str) -> Run:
         return Run.open(path)
     folder = next((above for above in file.absolute().parents if _holds_run(str(above))), None)
     if folder is None:
-        raise StoreError(f"{path}: is no checkpoint of a run here; --resume takes a run's directory, or one of the "
+        raise StoreError(f"{path}: not a checkpoint of a run; --resume takes a run's directory, or one of the "
                          f"*{checkpoint.SUFFIX} files in its checkpoints folder")
     about = checkpoint.about(file)
     with RunStore.open(folder) as store:
@@ -139,7 +139,7 @@ def _say_ignored(run: Run, line: commands.Line) -> None:
     for field, value in line.given.items():
         has = commands.flat(run.config)[field]
         if field not in _FREE and value != has:
-            tell(f"{near(run.path)}: {field} stays {has!r}, as the run was begun; {value!r} would be another run")
+            tell(f"{near(run.path)}: {field} stays {has!r}, as when the run was created; {value!r} is ignored")
 
 
 def drive(run: Run, total: int, steps: int | None = None) -> int:
@@ -165,7 +165,8 @@ def drive(run: Run, total: int, steps: int | None = None) -> int:
             _watch(run, total, console, caught)
         step = run.current_step
     if caught:
-        tell(f"{near(run.path)}: paused at step {step} of {total} and saved; go on with: moe resume {typed(run.path)}"
+        tell(f"{near(run.path)}: paused at step {step} of {total} and saved; continue with: "
+             f"moe resume {typed(run.path)}"
              + ("" if total == run.config.optim.max_iters else f" --steps {total - step}"))
         return 128 + int(caught[0])
     tell(f"{near(run.path)}: done, step {step}")
@@ -180,16 +181,17 @@ def _watch(run: Run, total: int, console: Console, caught: list[int]) -> None:
         except Exception as error:
             console.look(run.branch)
             raise TrainingError(
-                f"{near(run.path)}: stopped at step {run.current_step}: {type(error).__name__}: {error}; go on with: "
-                f"moe resume {typed(run.path)}, or go back with: moe rewind {typed(run.path)} STEP") from error
+                f"{near(run.path)}: stopped at step {run.current_step}: {type(error).__name__}: {error}; "
+                f"continue with: moe resume {typed(run.path)}, or go back with: "
+                f"moe rewind {typed(run.path)} STEP") from error
         console.look(run.branch)
         if caught:
             run.session.pause()
         if rests and (caught or run.current_step >= total):
             return
         if rests and not waiting:
-            console.say(f"{near(run.path)}: paused at step {run.current_step} from elsewhere; waiting until it goes on "
-                        "from there, Ctrl-C ends")
+            console.say(f"{near(run.path)}: paused at step {run.current_step} by another process; waiting for it to "
+                        "continue, Ctrl-C quits")
         waiting = rests
         if rests:
             time.sleep(LOOK)

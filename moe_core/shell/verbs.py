@@ -46,12 +46,12 @@ def shootout(words: list[str]) -> int:
     config = line.config
     place = line.given.get("checkpoint_dir") or (Path(config.csv).with_suffix("") if config.csv
                                                  else headless.default_place("shootout"))
-    tell(f"{place}: the shoot-out's runs; the same command with this directory goes on where it was interrupted")
+    tell(f"{place}: the shoot-out's directory; the same command with it resumes an interrupted shoot-out")
     term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         shootout_from(config, place, own.seeds, tune=Search() if own.tune else None)
     except KeyboardInterrupt:
-        tell(f"{place}: paused and saved; the same command with --run {typed(place)} goes on")
+        tell(f"{place}: paused and saved; resume with the same command and --run {typed(place)}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, term)
@@ -81,13 +81,13 @@ def _taken_up(run) -> None:
     end = time.monotonic() + PATIENCE
     while run.session.pending():
         if time.monotonic() > end:
-            raise StoreError(f"{run.path}: asked, and not taken up within {PATIENCE:.0f} seconds; it still may be")
+            raise StoreError(f"{run.path}: requested, but not applied within {PATIENCE:.0f} seconds; it may still be")
         time.sleep(0.05)
 
 
 def _refuse_elsewhere(run, what: str) -> None:
     if run.attached:
-        raise StoreError(f"{run.path}: another process has this run open; {what} it there, or when that one is done")
+        raise StoreError(f"{run.path}: another process has this run open; {what} it there, or once it is closed")
 
 
 def rewind(given) -> None:
@@ -95,7 +95,7 @@ def rewind(given) -> None:
         run.rewind(given.step, name=given.name)
         if not run.attached:
             run.history.save(run._branch.id, run._trainer)  # else the next process would go back further
-        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; go on with: "
+        print(f"{given.run}: at step {run.current_step} on branch {run.branch!r}; continue with: "
               f"moe resume {typed(given.run)}")
 
 
@@ -103,7 +103,7 @@ def fork(given) -> None:
     with held(given.run) as run:
         _refuse_elsewhere(run, "fork")
         run.fork(given.path, given.step).close()
-        print(f"{given.path}: go on with: moe resume {typed(given.path)}")
+        print(f"{given.path}: continue with: moe resume {typed(given.path)}")
 
 
 def replay(given) -> int:
@@ -115,9 +115,9 @@ def replay(given) -> int:
         taken, on_cpu = run.current_step, run.config.device == "cpu" or not _cuda()
     off = worst[~(worst <= 0)]  # NaN too
     if off.empty:
-        print(f"{given.run}: {taken} steps again, all {len(worst)} metrics equal to the bit")
+        print(f"{given.run}: {taken} steps retrained, all {len(worst)} metrics bit-identical")
         return 0
-    print(f"{given.run}: {taken} steps again, {len(off)} of {len(worst)} metrics differ; the largest differences:")
+    print(f"{given.run}: {taken} steps retrained, {len(off)} of {len(worst)} metrics differ; the largest differences:")
     for name, value in off.head(10).items():
         print(f"  {name:<28}{value:.3g}")
     return int(on_cpu or not worst["train/ce"] <= GPU_TOLERANCE)
@@ -137,7 +137,7 @@ def note(given) -> None:
         noted = [e["step"] for e in run.store.read_events(run.store.get_meta("branch", MAIN), after=before)
                  if e["kind"] == "note" and e["payload"]["text"] == given.text]
         if not noted:
-            raise StoreError(f"{run.path}: the process that trains it took no note")
+            raise StoreError(f"{run.path}: the process that trains it did not record the note")
         print(f"{given.run}: noted at step {noted[0]}")
 
 
@@ -146,7 +146,7 @@ def knob(given) -> None:
         knob = run.knobs[given.name]
         if given.value == "follow":
             if given.over is not None:
-                raise KnobError(f"{given.name}: follow takes no --over; the schedule says what it is")
+                raise KnobError(f"{given.name}: follow takes no --over; the schedule sets the value")
             knob.follow()
         else:
             value = _number(given.name, given.value)
@@ -208,7 +208,7 @@ def import_(given) -> None:
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--val-every {error}") from None
     if "" in every and len(every) > 1:
-        raise ConfigError(f"--val-every {every['']}: is for all optimizers, and cannot stand beside one's own")
+        raise ConfigError(f"--val-every {every['']}: is for all optimizers and cannot be combined with NAME=N")
     print(import_log(given.logs, given.run, every.get("", every or None), dict(map(_pair, given.rename)), given.shift))
 
 

@@ -43,9 +43,9 @@ def refuse_existing(path: Path) -> None:
             raise StoreError(f"{path}: exists already; {open_it}choose another directory")
         above = next(parent for parent in path.absolute().parents if parent.exists())
         if not above.is_dir():
-            raise StoreError(f"{path}: cannot be made, {above} is not a directory")
+            raise StoreError(f"{path}: cannot be created, {above} is not a directory")
         if not os.access(above, os.W_OK | os.X_OK):
-            raise StoreError(f"{path}: cannot be made, no write access to {above}")
+            raise StoreError(f"{path}: cannot be created, no write access to {above}")
 
 
 def make(path: Path, config: Mapping[str, Any], meta: Mapping[str, Any] | None = None,
@@ -114,8 +114,8 @@ def take_lock(path: Path) -> filelock.BaseFileLock:
         lock.acquire(timeout=PROBE)  # a moment's patience, for another's look at who writes
     except filelock.Timeout:
         who = _spoken(_signed(path))
-        raise StoreError(f"{path}: is open for writing already, by {who}; "
-                         "one process writes a run, any number read it") from None
+        raise StoreError(f"{path}: already open for writing by {who}; "
+                         "one process may write a run, any number may read it") from None
     return lock
 
 

@@ -82,7 +82,7 @@ def test_a_wish_that_cannot_be_is_refused_here_or_there_in_one_line(trainer):
         run.rewind(1, "main")
     with pytest.raises(StoreError, match="dance: unknown command; there are"):
         run.session.ask("dance", {}, wait=True)
-    with pytest.raises(AttributeError, match="preview: is for the process that trains"):
+    with pytest.raises(AttributeError, match="preview: not available on an attached run"):
         run.preview(router_temp=2.0)
 
 
@@ -117,7 +117,7 @@ def test_a_chunk_whose_trainer_dies_is_not_done(trainer):
     process.kill()
     process.wait()
     for wait in (run.session.wait, lambda: run.session.wait(1.0)):
-        with pytest.raises(StoreError, match=f"trains this run any more; it stands at step {run.current_step}"):
+        with pytest.raises(StoreError, match=f"trains this run any more; it is at step {run.current_step}"):
             wait()
 
 

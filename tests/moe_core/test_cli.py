@@ -99,7 +99,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(line, tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in told, told
-    at = int(re.search(r"paused at step (\d+) of 100000 and saved; go on with: moe resume 'a cut'", told)[1])
+    at = int(re.search(r"paused at step (\d+) of 100000 and saved; continue with: moe resume 'a cut'", told)[1])
     assert main(["resume", str(tmp_path / "a cut"), "--steps", "7"]) == 0
     assert main(["train", str(tmp_path / "whole"), *line(max_iters=at + 7, eval_interval=5)]) == 0
     assert metrics(tmp_path / "a cut") == metrics(tmp_path / "whole")
@@ -150,9 +150,9 @@ def test_going_back_forking_and_replaying_from_the_shell(line, tmp_path, monkeyp
     assert main(["train", "a", *line()]) == 0
     for words, said in [("rewind a 7 --name back", "a: at step 7 on branch 'back'"),
                         ("knob a router_temp 1.1 --over 3", "router_temp"), ("resume a --steps 3", "iter     10"),
-                        ("replay a", "10 steps again, all"), ("note a 'seen before' --step 4", "noted at step 4"),
+                        ("replay a", "10 steps retrained, all"), ("note a 'seen before' --step 4", "noted at step 4"),
                         ("fork a b --step 9", "moe resume b"), ("resume b", "iter     12"), ("show b", "forked from"),
-                        ("replay b", "12 steps again, all"), ("export b --csv b.csv", "b.csv")]:
+                        ("replay b", "12 steps retrained, all"), ("export b --csv b.csv", "b.csv")]:
         assert main(shlex.split(words)) == 0, words
         assert said in capsys.readouterr().out, words
     with RunStore.open("b") as store:
@@ -211,4 +211,4 @@ def test_a_run_that_fails_says_how_to_go_on(line, tmp_path, capsys):
     path = str(tmp_path / "wild")
     assert main(["train", path, *line(learning_rate=1e30, warmup_iters=0, max_iters=400)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(r"moe: .*wild: stopped at step \d+: NonFiniteError: .*; go on with: moe resume \S*wild,", last)
+    assert re.match(r"moe: .*wild: stopped at step \d+: NonFiniteError: .*; continue with: moe resume \S*wild,", last)

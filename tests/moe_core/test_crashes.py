@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tiny_run):
     with files_end_at(300_000):  # a checkpoint is longer, the rows are not
         run.step(2)
     alerts = run.events().query("kind == 'alert'")
-    assert len(alerts) == 1 and "not saved, the one before is as it was" in alerts.iloc[0]["text"]
+    assert len(alerts) == 1 and "not saved; the previous checkpoint is intact" in alerts.iloc[0]["text"]
     assert {file.name: file.read_bytes() for file in run.path.glob("checkpoints/*")} == before
     full = (run.path / "run.sqlite-wal").stat().st_size
     with files_end_at(full), pytest.raises(mc.StoreError, match="is not written"):

@@ -100,7 +100,7 @@ def test_events_keep_what_was_asked_and_when_it_was_applied(store):
 
 
 @pytest.mark.parametrize("row, words", [
-    ((1, 5, 0.0, {"a": 1.0}), "step 5 is not written: there is one"),
+    ((1, 5, 0.0, {"a": 1.0}), "step 5 is not written: it exists already"),
     ((2, 4, 0.0, {"a": 1.0}), "takes steps after 4"),
     ((1, 0, 0.0, {"a": 1.0}), "takes steps after 0"),
     ((1, 6.5, 0.0, {"a": 1.0}), "'float' object"),

@@ -88,7 +88,7 @@ def test_a_second_writer_is_refused_with_who_writes(store):
     store.close()
     with child(WRITER, store.path) as writer:
         writer.stdout.readline()
-        holder = rf"already, by pid {writer.pid} on {socket.gethostname()}, since 2\d\d\d-\d\d-\d\d \d\d:"
+        holder = rf"open for writing by pid {writer.pid} on {socket.gethostname()}, since 2\d\d\d-\d\d-\d\d \d\d:"
         with pytest.raises(StoreError, match=holder):
             RunStore.open(store.path, write=True)
         with RunStore.open(store.path) as reader:
@@ -296,7 +296,7 @@ def test_a_run_without_write_access_can_be_read_and_says_so_when_written():
             said = json.load(pipe)
         assert said == [[3, [0.5]], None, os.getpid(),
                         f"{folder}/run: no write access to {folder}/run; open it for reading",
-                        f"{folder}/new: cannot be made, no write access to {folder}"]
+                        f"{folder}/new: cannot be created, no write access to {folder}"]
         assert tree(folder) == before
     finally:
         for path in (folder, folder / "run"):
