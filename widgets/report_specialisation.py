@@ -30,10 +30,10 @@ def blocks(inspection: Inspection) -> list[Block]:
         typical = inspection.tokens_of(layer, expert, TOKENS)
         said = ", ".join(f"{code(token)} {lift:.1f}×"
                          for token, lift in zip(typical["token"], typical["lift"], strict=True))
-        rows.append((str(expert), f"{inspection.shares()[layer, expert]:.1%}", said or "none that is typical of it"))
+        rows.append((str(expert), f"{inspection.shares()[layer, expert]:.1%}", said or "none"))
     return [Heading("Specialisation of the experts"), Text(_sentence(inspection, information)),
             Pictures(tuple(drawn)), Heading(f"Most typical tokens in layer {layer}", 3),
-            Text("Times more often than by the expert's share; sorted by how sure it is, not by how large."),
+            Text("How many times more often than the expert's share predicts; most significant first, not largest."),
             Table(("expert", "share", "tokens"), tuple(rows), (1,))]
 
 
@@ -43,14 +43,14 @@ def _sentence(inspection: Inspection, information: pd.DataFrame) -> str:
     for about, table in information.groupby("about", sort=False):
         known = table.dropna(subset="normalised")
         if not len(known):
-            said.append(f"Of the {about} nothing can be known from the expert.")
+            said.append(f"The expert tells nothing of the {about} here.")
             continue
         best = known.loc[known["normalised"].idxmax()]
         clear = int((known["nats"] > 2 * known["spread"]).sum())
         what, nats, most = about.removeprefix("token "), number(best["nats"], 3), f"{best['normalised']:.1%}"
-        said.append(f"Of a token's {what} its expert says most in layer {best['layer']:.0f}: {nats} nats more than "
-                    f"chance gives, {most} of what can be known; in {clear} of {len(table)} layers it is above two "
-                    "spreads of chance.")
+        said.append(f"By {what}, experts specialise most in layer {best['layer']:.0f}: mutual information {nats} nats "
+                    f"above chance, {most} of the maximum; {clear} of {len(table)} layers lie more than two standard "
+                    "deviations above chance.")
     return " ".join(said)
 
 

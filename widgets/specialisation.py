@@ -49,7 +49,7 @@ def information(inspection: Inspection) -> Chart:
             "error_y": {"type": "data", "array": _plain(2 * rows["spread"] * scale), "color": GREY, "thickness": 1,
                         "width": 3},
             "customdata": np.stack([rows[name] for name in ("nats", "chance", "spread")], -1),
-            "hovertemplate": f"layer %{{x:d}}, {about}<br>%{{y:.1%}} of what can be known<br>"
+            "hovertemplate": f"layer %{{x:d}}, {about}<br>%{{y:.1%}} of the maximum<br>"
                              "%{customdata[0]:.3f} nats above %{customdata[1]:.3f} by chance (± %{customdata[2]:.3f})"
                              "<extra></extra>"})
     keys = [f"<span style='color:{COLOR_OF[about]}'>■ {about}</span>" for about in table["about"].unique()]
@@ -57,7 +57,7 @@ def information(inspection: Inspection) -> Chart:
     return Chart("information", "   ".join(["<b>Mutual information</b>", *keys]), tuple(traces),
                  over_steps=False,
                  x={"title": "layer", "dtick": -(-inspection.n_layer // 16), "fixedrange": True, "showgrid": False},
-                 y={"title": "of what can be known", "tickformat": ".0%", "fixedrange": True,
+                 y={"title": "share of the maximum", "tickformat": ".0%", "fixedrange": True,
                     "range": [min(0.0, 1.25 * float(np.nan_to_num(table["normalised"]).min())), min(top, 1.08)]})
 
 
@@ -119,9 +119,9 @@ def saturation(frame: pd.DataFrame) -> Chart:
     keys = [f"<span style='color:{color}'>━ {layer}</span>"
             for layer, color in zip(layers, colors, strict=False)] if len(layers) <= 16 else []
     chance = float(frame["chance"].mean()) if len(frame) else np.nan
-    return Chart("saturation", "   ".join(["<b>Picks that are already as at the end</b>", *(["layer"] * bool(keys)),
+    return Chart("saturation", "   ".join(["<b>Router saturation</b>", *(["layer"] * bool(keys)),
                                            *keys]), tuple(traces), x={"title": STEP},
-                 y={"title": "share of picks", "tickformat": ".0%", "range": [0, 1.05]},
+                 y={"title": "picks already as at the end", "tickformat": ".0%", "range": [0, 1.05]},
                  rules=((chance, "by chance"),) if np.isfinite(chance) else ())
 
 
