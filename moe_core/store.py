@@ -19,7 +19,6 @@ import struct
 import threading
 import time as clock
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,33 +28,10 @@ import numpy as np
 
 from moe_core.storage import access
 from moe_core.storage.access import StoreError, as_store_error
-from moe_core.storage.rows import Steps, decode, pack_metrics, to_json
+from moe_core.storage.rows import Branch, Checkpoint, Steps, decode, pack_metrics, to_json
 from moe_core.storage.schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
 
-__all__ = ["Branch", "RunStore", "Steps", "StoreError"]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A line of a run's history; up to ``fork_step`` it is that of ``parent``, an id. ``main`` has none."""
-
-    id: int
-    name: str
-    parent: int | None
-    fork_step: int | None
-    created: float  # seconds since 1970
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A saved state of a branch after ``step``; ``name`` None: saved by rule, not by a person. ``path``: in the run."""
-
-    id: int
-    branch: int
-    step: int
-    name: str | None
-    path: str
-    created: float
+__all__ = ["Branch", "Checkpoint", "RunStore", "Steps", "StoreError"]
 
 
 class _Layout(NamedTuple):

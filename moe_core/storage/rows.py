@@ -17,6 +17,29 @@ import numpy as np
 from moe_core.storage.schema import STEP_MAX
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A line of a run's history; up to ``fork_step`` it is that of ``parent``, an id. ``main`` has none."""
+
+    id: int
+    name: str
+    parent: int | None
+    fork_step: int | None
+    created: float  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state of a branch after ``step``; ``name`` None: saved by rule, not by a person. ``path``: in the run."""
+
+    id: int
+    branch: int
+    step: int
+    name: str | None
+    path: str
+    created: float
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
     """n steps, oldest first.

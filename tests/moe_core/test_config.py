@@ -59,6 +59,21 @@ def test_numbers_of_numpy_become_pythons_own():
     assert config.mirrors == "wandb,tensorboard"
 
 
+def test_steps_and_values_may_be_numpys(tiny_run, tmp_path):
+    """A cell of run.metrics() is as good as a literal wherever a run takes a number."""
+    run = tiny_run()
+    run.step(np.int64(4))
+    run.note("here", step=run.metrics().index[1])
+    run.knobs["lr_scale"].ramp(to=np.float32(0.5), over=np.int16(2))
+    run.rewind(np.int64(3))
+    choice = run.ab({"lr_scale": np.float32(2.0)}, {}, steps=np.int64(1))
+    child = run.fork(tmp_path / "child", np.int64(3), grad_clip=np.float64(2.0))
+    child.close()
+    assert (run.current_step, choice.steps, child.config.optim.grad_clip) == (4, 1, 2.0)
+    assert (run.replay(upto=np.int32(2))["largest"] == 0).all()
+    assert run.events("main")["step"].tolist() == [2, 5]
+
+
 @pytest.mark.parametrize("name", ["nano", "moe-203m", "dense-107m"])
 def test_a_config_survives_json(name):
     """from_dict is the inverse of to_dict through real JSON, for every preset with changed fields."""

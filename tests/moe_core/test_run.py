@@ -272,21 +272,6 @@ def test_a_run_stays_where_it_is_when_the_process_goes_elsewhere(tiny, tmp_path,
     again.close()
 
 
-def test_steps_and_values_may_be_numpys(tiny_run, tmp_path):
-    """A cell of run.metrics() is as good as a literal wherever a run takes a number."""
-    run = tiny_run()
-    run.step(np.int64(4))
-    run.note("here", step=run.metrics().index[1])
-    run.knobs["lr_scale"].ramp(to=np.float32(0.5), over=np.int16(2))
-    run.rewind(np.int64(3))
-    choice = run.ab({"lr_scale": np.float32(2.0)}, {}, steps=np.int64(1))
-    child = run.fork(tmp_path / "child", np.int64(3), grad_clip=np.float64(2.0))
-    child.close()
-    assert (run.current_step, choice.steps, child.config.optim.grad_clip) == (4, 1, 2.0)
-    assert (run.replay(upto=np.int32(2))["largest"] == 0).all()
-    assert run.events("main")["step"].tolist() == [2, 5]
-
-
 def test_a_bad_start_writes_nothing(tiny, tmp_path):
     """A missing corpus, a directory that exists, one that is no run, one newer than this code: one line each."""
     missing = tmp_path / "nowhere"
