@@ -58,11 +58,11 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
     CheckpointError, StoreError.
     """
     if not isinstance(config, RunConfig):
-        raise ConfigError(f"config = {config!r}: must be a RunConfig, of preset(...) say")
+        raise ConfigError(f"config = {config!r}: must be a RunConfig, such as preset(...) gives")
     given = {name: value for name, value in (("init_from", init_from), ("upcycle_from", upcycle_from),
                                              ("init_from_hf", init_from_hf)) if value is not None}
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)}: must be one of them, weights come from one place")
+        raise ConfigError(f"{' and '.join(given)}: only one of them can be given; a run's weights come from one place")
     if keep_optimizer and init_from is None:
         raise ConfigError("keep_optimizer = True: must be False without init_from, there is no optimizer to keep")
     if not given:
@@ -78,7 +78,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
     else:
         check(config, source, keep_optimizer)
         for field, (now, was) in computes_otherwise(source.config, config).items():
-            say(f"{field} = {now!r}: it was {was!r} in {source.name}; the same weights compute something else")
+            say(f"{field} = {now!r}: it was {was!r} in {source.name}, so the same weights compute something else here")
         model, parent = fitted(config, source, say), {"how": "init_from", "optimizer": keep_optimizer}
     return config, Origin(model, source.optimizer if keep_optimizer else None, source.parent | parent, folder)
 
@@ -107,7 +107,8 @@ def find(source, optimizer: bool = False) -> Source:
 def _of_run(run, optimizer: bool) -> Source:
     weights, path = probe.weights_of(run, None, optimizer), Path(run.store.path).resolve()
     if optimizer and weights.optimizer is None:
-        raise ConfigError(f"keep_optimizer = True: must be False, {path} has taken no step with one yet")
+        raise ConfigError(f"keep_optimizer = True: must be False; {path} has not taken a step, so there is no state of "
+                          "its optimizer to keep")
     return Source(str(path), run.config, weights.model, weights.optimizer,
                   {"path": str(path), "branch": run._branch.id, "step": weights.step})
 

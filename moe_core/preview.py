@@ -148,9 +148,9 @@ def _unknown(now: Mapping[str, float], then: Mapping[str, float], config: RunCon
     if "router_temp" in turned and quiet:
         said.append("without noise the temperature changes the weights, never the choice of experts")
     if config.model.n_moe_layer > 1 and any(name in ROUTES for name in turned):
-        said.append("each layer is shown on the inputs that it had: what another choice in one layer would change "
-                    "in the inputs of the next is not known")
+        said.append("each layer is shown on the inputs that it had: how another choice in one layer would change "
+                    "the inputs of the next is not known")
     if config.optim.gradient_accumulation_steps > 1:
-        said.append(f"it is the last of {config.optim.gradient_accumulation_steps} micro-batches of the step, so now "
-                    "differs from the step's own row, which is of all")
+        said.append(f"it is the last of {config.optim.gradient_accumulation_steps} micro-batches of the step, so "
+                    "\"now\" differs from the step's own row, which is the mean over all of them")
     return said

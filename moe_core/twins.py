@@ -39,7 +39,7 @@ def moe_twin(dense: RunConfig, n_experts: int = 8, **changes) -> RunConfig:
     data, schedule, batch. Raises ConfigError where ``dense`` has experts, or its MLP is too small to be split.
     """
     if dense.model.n_experts:
-        raise ConfigError(f"n_experts = {dense.model.n_experts}: must be 0 in the dense model that gets a MoE twin")
+        raise ConfigError(f"n_experts = {dense.model.n_experts}: must be 0; the model to make a MoE twin of is dense")
     if dense.model.mlp_width and "mlp_width" not in changes:
         changes["mlp_width"] = None  # of no block of the twin; left set, it would only mislead
     # A width of 8 shows what a unit of width and the rest weigh, whatever the model's parts are.

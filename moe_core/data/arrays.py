@@ -61,7 +61,7 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         raise refused(f"cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise refused(f"is no .npy file of plain numbers ({reason})") from error
+        raise refused(f"is not a .npy file of plain numbers ({reason})") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise refused(f"must be a 1-D array of integers, token ids; it is {tokens.ndim}-D of {tokens.dtype}")
     if not len(tokens):
@@ -85,7 +85,7 @@ def _checked(tokens: np.ndarray, vocab_size: int, refused: Callable[[str], DataE
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or high >= vocab_size:
             at = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
-            raise refused(f"holds token id {int(chunk[at])} at place {start + at:,}; must be 0 to {vocab_size - 1}, "
+            raise refused(f"holds token id {int(chunk[at])} at position {start + at:,}; must be 0 to {vocab_size - 1}, "
                           f"since vocab_size = {vocab_size}")
         largest = max(largest, high)
         digest.update(np.ascontiguousarray(chunk).data)

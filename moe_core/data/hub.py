@@ -95,12 +95,12 @@ class Documents:
                     raise DataError(f"{self.title}: cannot be read ({reason})") from error
                 if failures == len(WAITS):
                     raise DataError(
-                        f"{self.title}: the connection is gone ({reason}), also after {failures} new tries within "
-                        f"{sum(WAITS)} s; nothing is lost: start again, and it goes on at the very next document"
+                        f"{self.title}: the connection is gone ({reason}), also after {failures} retries over "
+                        f"{sum(WAITS)} s; nothing is lost: start again, and training goes on at the very next document"
                     ) from error
                 wait, failures = WAITS[failures], failures + 1
-                self._say(f"{self.title}: the connection dropped ({reason}); try {failures} of {len(WAITS)} to go on "
-                          f"in {wait} s")
+                self._say(f"{self.title}: the connection dropped ({reason}); retrying in {wait} s ({failures} of "
+                          f"{len(WAITS)})")
                 stop.wait(wait)
 
     def _texts(self, table) -> list[str]:

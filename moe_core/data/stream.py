@@ -108,7 +108,7 @@ class _Filling:
                     yield self._shuffled(tokens[: self._size], number), _place(number + 1, epoch, cursor, parts[0])
                     number += 1
             if cursor is None:
-                raise DataError(f"{self._documents.title}: must hold text to train on; there was none to its end")
+                raise DataError(f"{self._documents.title}: must hold text to train on; there is none in it")
             # An epoch's last buffer is shorter: two epochs are never mixed.
             epoch, cursor, tokens = epoch + 1, None, np.concatenate(parts)
             self._say_end(epoch)
@@ -148,7 +148,7 @@ class _Filling:
 
     def _say_end(self, epoch: int) -> None:
         if not self._said_end:
-            self._say(f"{self._documents.title}: read to its end; training goes on with it from its start, as epoch "
+            self._say(f"{self._documents.title}: read to its end; training goes on from its start, as epoch "
                       f"{epoch + 1}")
             self._said_end = True
 

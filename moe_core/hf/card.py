@@ -37,7 +37,7 @@ def card(run, weights: Weights, form: str, has_tokenizer: bool) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- mixture-of-experts\n---",
         f"# {_code(run.store.path.name)}",
         f"A mixture-of-experts language model in the form of {NAMES[form]}: {count_params(written.model):,} "
-        f"parameters, {active_params(written):,} of them in the matrices that a token meets.",
+        f"parameters, of which the matrices that are active for a token hold {active_params(written):,}.",
         _use(has_tokenizer),
         "## Training",
         _table([("data", _data(config)), ("steps", f"{step:,}"), ("branch", _code(line.name)),

@@ -69,7 +69,7 @@ def test_id_out_of_range_is_refused_with_its_place(tokens, tmp_path, bad, monkey
     tokens[at], tokens[4500] = bad, bad
     path = save(tmp_path / "train.npy", tokens)
     for _ in range(2):
-        with pytest.raises(DataError, match=f"holds token id {bad} at place {at:,}; must be 0 to 299, since vocab"):
+        with pytest.raises(DataError, match=f"holds token id {bad} at position {at:,}; must be 0 to 299, since vocab"):
             arrays(path)
 
 
@@ -82,11 +82,11 @@ def test_ids_are_checked_once_for_a_file_as_it_is(tokens, tmp_path, monkeypatch)
         token_arrays(data, V, said.append)
         token_arrays(data, 201, said.append)
         assert len(said) == 1
-    with pytest.raises(DataError, match="holds token id 200 at place"):
+    with pytest.raises(DataError, match="holds token id 200 at position"):
         token_arrays(data, 200, said.append)
     tokens[7] = V
     save(path, tokens)
-    with pytest.raises(DataError, match="holds token id 300 at place 7;"):
+    with pytest.raises(DataError, match="holds token id 300 at position 7;"):
         token_arrays(data, V, said.append)
 
 
@@ -98,14 +98,14 @@ BAD = {
     "not there": ("a.npy", lambda path: None, "no such file"),
     "2-D": ("a.npy", lambda path: np.save(path, np.zeros((4, 9), np.int64)), "is 2-D of int64"),
     "not whole numbers": ("a.npy", lambda path: np.save(path, np.zeros(9)), "is 1-D of float64"),
-    "pickled": ("a.npy", pickled, "no .npy file of plain numbers"),
-    "not .npy": ("a.npy", lambda path: path.write_bytes(b"PK\3\4 text"), "no .npy file"),
-    "no bytes": ("a.npy", lambda path: path.write_bytes(b""), "no .npy file"),
+    "pickled": ("a.npy", pickled, "not a .npy file of plain numbers"),
+    "not .npy": ("a.npy", lambda path: path.write_bytes(b"PK\3\4 text"), "not a .npy file"),
+    "no bytes": ("a.npy", lambda path: path.write_bytes(b""), "not a .npy file"),
     "empty .npy": ("a.npy", lambda path: np.save(path, np.zeros(0, np.int64)), "it is empty"),
     "empty .bin": ("a.bin", lambda path: path.write_bytes(b""), "it is empty"),
     "odd .bin": ("a.bin", lambda path: path.write_bytes(b"abc"), "is token_dtype right?"),
     "cut short": ("a.npy", lambda path: (np.save(path, np.zeros(99, np.int64)),
-                                         path.write_bytes(path.read_bytes()[:300])), "no .npy file"),
+                                         path.write_bytes(path.read_bytes()[:300])), "not a .npy file"),
 }
 
 

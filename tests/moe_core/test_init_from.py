@@ -169,7 +169,7 @@ def test_other_refusals(tiny_run, tiny, create, tokenizer_folder):
             (dict(keep_optimizer=True), dict(optimizer="sophia"), ConfigError, "optimizer = 'sophia': must be 'adamw'"),
             ({}, dict(tokenizer=tokenizer_folder, vocab_size=768), ConfigError, "tokenizer = .*: must be the one that"),
             (dict(init_from=parent.path / "nowhere"), {}, StoreError, "nowhere: there is no such directory"),
-            (dict(upcycle_from=parent), {}, ConfigError, "init_from and upcycle_from: must be one"),
+            (dict(upcycle_from=parent), {}, ConfigError, "init_from and upcycle_from: only one of them"),
             (dict(init_from=None, keep_optimizer=True), {}, ConfigError, "keep_optimizer = True")):
         with pytest.raises(error, match=said):
             create("child", tiny(**changes), **{"init_from": parent, **how})

@@ -176,7 +176,7 @@ def test_dropped_connection_is_taken_up_at_the_same_document(stream, drops):
     shaky, calm = stream(drops, say=said.append), stream()
     assert all(torch.equal(shaky.next(), calm.next()) for _ in range(150))
     dropped = [line for line in said if "dropped" in line]
-    assert len(dropped) == sum(map(bool, drops)) and "try 1 of 3 to go on in 0.01 s" in dropped[0]
+    assert len(dropped) == sum(map(bool, drops)) and "retrying in 0.01 s (1 of 3)" in dropped[0]
 
 
 def test_connection_that_stays_gone_is_one_error_and_the_run_goes_on_from_there(stream, rows):
