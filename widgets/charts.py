@@ -134,9 +134,9 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
     ticks = {-LEAST: "≤⅛×", -1: "½×", 0: "fair", 1: "2×"} | ({3: "8×"} if most > 4 else {}) | {most: "all"}
     colors = {-LEAST: NONE, -1: STARVED, 0: FAIR, 1: CROWDED, most: ALL}
     digits, percent = (0, "%") if n_experts <= 8 else (1, "")  # a cell among sixteen has no room for the sign
-    served = [[f"{100 * share:.{digits}f}{percent}" if share == share else "" for share in layer]
-              for layer in shares.now_2LE[1].tolist()]
     named = n_experts <= 16 and n_layer <= 12
+    served = [[f"{100 * share:.{digits}f}{percent}" if share == share else "" for share in layer]
+              for layer in shares.now_2LE[1].tolist()] if named else []
     hover = _percent(n_experts, 1)
     trace = {
         "type": "heatmap", "uid": "heatmap", "z": np.where(np.isnan(times_LE), None, times_LE),  # JSON has no NaN
