@@ -63,7 +63,8 @@ def _row(store: RunStore) -> tuple[str, ...]:
 def _tail(store: RunStore, branch: int) -> Steps:
     """The newest rows, with the last validation among them."""
     every = store.config.get("eval_interval")
-    return store.read_steps(branch, 0 if every is None else max(0, store.last_step(branch) - every), shares=False)
+    since = 0 if every is None else max(0, store.last_step(branch) - max(every, 1))
+    return store.read_steps(branch, since, shares=False)
 
 
 def _newest(rows, name: str) -> str:

@@ -118,6 +118,7 @@ def test_a_killed_run_goes_on_from_what_was_saved(line, tmp_path, capsys):
     assert f"iter {last + 12:6d} |" in capsys.readouterr().out
     with RunStore.open(path) as store:
         assert store.last_step(1) == last + 12 and len(store.branches()) == 1
+    assert main(["show", path]) == 0 and "  train/ce  " in capsys.readouterr().out  # though it never validated
 
 
 def test_a_run_that_another_process_trains_is_steered_from_the_shell(line, tmp_path, capsys):

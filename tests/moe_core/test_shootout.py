@@ -362,7 +362,7 @@ def test_wrong_searches_labels_and_folders_are_refused(tiny, tmp_path):
     for multipliers in ((), (0.0, 1.0), (1.0, 1.0), (1, math.inf)):
         with pytest.raises(ConfigError, match=r"multipliers = .*: must be different numbers above 0"):
             Search(multipliers)
-    with pytest.raises(ConfigError, match="steps = 0: a search needs"):
+    with pytest.raises(ConfigError, match="steps = 0: must be an integer"):
         Search(steps=0)
     with pytest.raises(ConfigError, match="second = 0: must be a number above 0"):
         Search(second=0)
