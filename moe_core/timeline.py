@@ -38,10 +38,8 @@ class Timeline:
         the session's thread.
         """
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        if self._trainer is None:
-            provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
-            if not self.resume(go_on):
-                return False
+        if self._trainer is None and not self.resume(go_on):
+            return False
         self._trainer.skipped = len(self.history.refused(self._branch.id))  # whatever way led to this state
         self.history.snapshot(self._branch.id, self._trainer)
         return True
@@ -245,6 +243,8 @@ class Timeline:
             self.end_chunk()
             self.history.snapshot(self._branch.id, self._trainer)
             self._trainer.train.close()
+        else:
+            provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
         self._trainer = None  # until it is whole again
         provenance.same_threads(self.store, resolve_device(self.config), print)
         trainer = self.history.restore(line, step, lambda: build_trainer(self.config, self._knobs, print), print)

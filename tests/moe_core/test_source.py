@@ -149,11 +149,13 @@ def test_other_training_data_under_the_same_name_are_said_once(tiny, tmp_path, n
     for step, seed, alerts in ((1, 0, 0), (2, 1, 1), (3, 1, 1)):
         write(seed)
         run = Run.open(tmp_path / "run")
+        if step == 2:
+            run.rewind(1)  # some go back first
         run.step(1)
         texts = run.events().query("kind == 'alert'")["text"].tolist() if len(run.events()) else []
         run.close()
         changed = "the training data is not what it was up to step 1"
-        assert len(texts) == alerts and all(text.startswith(changed) for text in texts)
+        assert len([text for text in texts if text.startswith(changed)]) == alerts
         assert (changed in capsys.readouterr().out) == (step == 2)
 
 
