@@ -29,7 +29,11 @@ def no_such_knob(name: str, known: Iterable[str]) -> KnobError:
 
 @dataclass(frozen=True)
 class KnobSpec:
-    """What a knob is: the values it accepts, the range a slider offers, and the metric that records it."""
+    """What a knob is: the values it accepts, the range a slider offers, and the metric that records it.
+
+    In the knob's own unit: noise in tempered logits, ``bias_update_speed`` in these per step, ``capacity_factor`` in
+    fair shares, ``grad_clip`` a gradient's norm; the temperature divides and the others are factors.
+    """
 
     name: str
     low: float
@@ -71,6 +75,7 @@ class Knob:
         self.setting = Setting()
 
     def at(self, step: int) -> float:
+        """The value for optimizer step ``step``."""
         s = self.setting
         if s.mode == "follow":
             return self.scheduled(step)
@@ -158,6 +163,7 @@ class Knobs(dict[str, Knob]):
                 self.turn(turn, step)
 
     def state_dict(self) -> dict[str, dict]:
+        """Each knob's setting as plain values, fit for JSON; :meth:`load_state_dict` is its inverse."""
         return {name: asdict(knob.setting) for name, knob in self.items()}
 
     def load_state_dict(self, state: Mapping[str, dict]) -> None:

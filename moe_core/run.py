@@ -207,6 +207,7 @@ class Run(Timeline, Face):
         """What the routers would do with the last batch at these knob values: ``run.preview(router_temp=1.6)``.
 
         Nothing is trained and no random number of the run is used; it may be asked while the run trains. Knobs
-        that are not named keep the values that the batch had. Raises KnobError, or RuntimeError before a first step.
+        that are not named keep the values that the batch had. Raises KnobError for a knob that the run has not or a
+        value out of its range, RuntimeError where no step was trained since the run was opened or moved.
         """
         return preview(self._trainer, self.config, values)

@@ -33,9 +33,9 @@ def _close_all() -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """A wish: ``kind`` ("knob", "note", "checkpoint" or "finding"), what it says, and when it was asked.
+    """A wish: ``kind`` ("knob", "note", "checkpoint", "finding" or "look"), what it says, and when it was asked.
 
-    ``asked``: seconds since 1970.
+    ``asked``: seconds since 1970. "look" reads the state between two steps and is not written down.
     """
 
     kind: str
@@ -159,6 +159,7 @@ class Session:
             return True
 
     def progress(self) -> Progress:
+        """Where the run stands now."""
         with self._changed:
             took = time.perf_counter() - self._clock
             left = took / self._done * (self._total - self._done) if self._done else None

@@ -94,6 +94,7 @@ class Trainer:
 
     @property
     def compiles(self) -> bool:
+        """Whether the model is compiled; False too once torch could not compile it."""
         return self._forward.compiles
 
     @property
