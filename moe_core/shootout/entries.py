@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from moe_core.checked import is_integer, plain
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
 from moe_core.shootout.peaks import stretched, with_rates
 
@@ -53,7 +54,7 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
 
 
 def whole(name: str, value) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value := plain(value), 1):
         raise ConfigError(f"{name} = {value!r}: must be an integer, at least 1")
     return value
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from moe_core import frames
+from moe_core.checked import plain
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
 from moe_core.run import Run
 from moe_core.shootout.entries import one_of, planned, whole
@@ -74,7 +75,8 @@ class Shootout:
         """
         made = planned(models, optimizers, steps, peaks or {})
         first = next(iter(made.values()))
-        seeds = tuple(range(first.seed, first.seed + whole("seeds", seeds)) if isinstance(seeds, int) else seeds)
+        n = plain(seeds)
+        seeds = tuple(range(first.seed, first.seed + whole("seeds", n)) if isinstance(n, int) else map(plain, seeds))
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f"seeds = {list(seeds)}: must be different integers, at least one")
         for seed in seeds:
