@@ -150,10 +150,10 @@ class _Remote:
             if end is not None and time.monotonic() >= end:
                 return False
             time.sleep(ANSWER)
-        if seen.error:
-            raise RuntimeError(seen.error)
-        told = self._run.store.get_meta(PROGRESS)
-        if (seen.state == "gone" and told and told["state"] in BUSY
+        told = self._run.store.get_meta(PROGRESS) or {"state": None, "error": None}
+        if told["error"]:  # also of one that is gone since
+            raise RuntimeError(told["error"])
+        if (seen.state == "gone" and told["state"] in BUSY
                 and seen.step < told["chunk_start"] + told["chunk_total"]):
             raise StoreError(f"{self._run.path}: no process trains this run any more; it is at step {seen.step}, and "
                              "mc.Run.open continues it here")
