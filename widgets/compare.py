@@ -29,7 +29,7 @@ OVERLAID = (("val/loss", "nats per token", "Validation loss"), ("train/ce", "nat
             ("router/entropy_mean", "nats", "Router entropy"),
             ("router/max_frac_max", charts.SHARE, "Largest demand, worst layer"),
             ("router/top1_p_mean", "probability", "Top-1 probability"), ("grad/norm", "gradient norm", "Gradient norm"))
-# What a log may hold instead of a metric, drawn dashed beside it under its own name: the old script's validation.
+# What a log may hold instead of a metric, drawn dashed beside it under its own name: a legacy script's validation.
 INSTEAD = {"val/loss": "val/loss_with_aux"}
 # Means over the last window, in the table.
 MEANS = ("train/ce", "train/loss", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",

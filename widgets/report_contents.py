@@ -1,4 +1,4 @@
-"""What a report says, section by section, in the order and the words of the users' own experiment notes."""
+"""What a report says, section by section, in the order of an experiment's notes."""
 
 from __future__ import annotations
 
