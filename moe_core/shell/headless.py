@@ -33,8 +33,9 @@ _FREE = {"max_iters", "checkpoint_dir", "resume", "auto_resume", "log_interval",
 
 def near(path: str | os.PathLike) -> str:
     """A run's path as one says it here: from this directory where it lies below."""
-    path, here = Path(path), Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    with contextlib.suppress(OSError, ValueError):  # a directory that is gone, or another one
+        return str(Path(path).relative_to(Path.cwd()))
+    return str(path)
 
 
 def typed(path: str | os.PathLike) -> str:
