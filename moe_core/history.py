@@ -162,7 +162,9 @@ class History:
         return origin.begun(trainer, self.store)
 
     def _load(self, path: Path, device: torch.device) -> dict[str, Any]:
-        there, here = checkpoint.about(path)["config"], self.store.config
+        there, here = checkpoint.about(path).get("config"), self.store.config
+        if there is None:
+            raise checkpoint.CheckpointError(f"{path}: not a checkpoint of a run")
         if (field := other_shape(there, here)) is not None:
             part = next(part for part, names in _SHAPES.items() if field in names)
             raise checkpoint.CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
