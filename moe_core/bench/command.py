@@ -34,7 +34,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s that 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a preset (default: nano on a CPU, moe-203m on a GPU)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", type=torch.device)
+    parser.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", help="float32 or bfloat16, of the computation (default: float32 on a CPU)")
     parser.add_argument("--batch-size", type=int, help="sequences (default: the preset's; 32 on a GPU)")
     parser.add_argument("--block-size", type=int, help="tokens of a sequence")
@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table that ``args`` ask for."""
-    device = args.device
-    resolve_device(RunConfig(device=device.type))  # refuses one that is not here
+    device = resolve_device(RunConfig(device=args.device))
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
     else:
