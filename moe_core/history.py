@@ -11,8 +11,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 
 from moe_core import checkpoint, origin, provenance
+from moe_core.checkpoint import CheckpointError
 from moe_core.config import ModelConfig
+from moe_core.snapshots import Snapshot, Snapshots, copied
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
-SNAPSHOT_BYTES = 256 << 20  # of host memory for all snapshots; the newest is kept whatever its size
 FOLDER = "checkpoints"
 GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a GPU have no fixed order
 
@@ -34,41 +36,58 @@ _SHAPES = {"model": {f.name for f in fields(ModelConfig)} - {"qk_norm_eps", "nor
            "optim": {"optimizer", "router_optimizer"}}
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy in host memory of the trainer after ``step`` on a branch."""
-
-    branch: int
-    step: int
-    state: dict[str, Any]
-    bytes: int
-
-
 class History:
     """The states that a run can return to, and the way there."""
 
     def __init__(self, store: RunStore, save_interval: int, keep: int):
         """``save_interval``: steps between kept checkpoints (0: none); ``keep``: how many of those a branch keeps."""
         self.store, self.save_interval, self.keep = store, save_interval, keep
-        self._snapshots: list[Snapshot] = []  # oldest first
+        self.snapshots = Snapshots()
         self._best: dict[int, tuple[int, float]] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="moe-saving")
+        self._writing: Future | None = None  # what save_beside() began
 
     # ---- saving ------------------------------------------------------------------------------------------
 
     def snapshot(self, branch: int, trainer: Trainer) -> None:
-        """Remember the trainer's state as the newest snapshot; the oldest go where memory is short."""
-        state = _copied(trainer.state_dict())
-        self._snapshots = [s for s in self._snapshots if (s.branch, s.step) != (branch, trainer.steps_done)]
-        self._snapshots.append(Snapshot(branch, trainer.steps_done, state, _bytes(state)))
-        while len(self._snapshots) > 1 and sum(s.bytes for s in self._snapshots) > SNAPSHOT_BYTES:
-            del self._snapshots[0]
+        """Keep a copy of the trainer's state in host memory, for every line that shows its step."""
+        step = trainer.steps_done
+        self.snapshots.take(self.owner(branch, step), step, trainer.state_dict())
 
     def save(self, branch: int, trainer: Trainer, name: str | None = None) -> Checkpoint:
         """Write a checkpoint and drop those that no rule keeps any longer. Raises CheckpointError.
 
         A named one is never dropped. Its file is entered in the store after it is whole.
         """
-        step = trainer.steps_done
+        self.settle()
+        return self._write(branch, trainer.steps_done, trainer.state_dict(), name)
+
+    def save_beside(self, branch: int, trainer: Trainer) -> None:
+        """:meth:`save` by rule, of which training waits for no more than a copy in host memory; :meth:`settle` hears
+        what became of it. Raises what :meth:`settle` does of the one before.
+        """
+        self.settle()
+        step, state = trainer.steps_done, copied(trainer.state_dict())
+
+        def write() -> float:
+            started = time.perf_counter()
+            self._write(branch, step, state, None)
+            return time.perf_counter() - started
+        try:
+            self._writing = self._writer.submit(write)
+        except RuntimeError:  # an interpreter that is shutting down begins no thread
+            write()
+
+    def settle(self, wait: bool = True) -> float | None:
+        """The seconds that writing took what :meth:`save_beside` began; None where there is none, or, without
+        ``wait``, none yet. Raises what went wrong, such as a CheckpointError.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _write(self, branch: int, step: int, state: dict[str, Any], name: str | None) -> Checkpoint:
         known = [c for c in self.store.checkpoints() if (c.branch, c.step, c.name) == (branch, step, name)]
         if known:
             return known[-1]  # the state after a step of a branch never changes
@@ -77,7 +96,7 @@ class History:
         path = next(p for n in range(1, len(taken) + 2)
                     if (p := f"{FOLDER}/{branch}-{step:08d}{label}{'' if n == 1 else f'-{n}'}{checkpoint.SUFFIX}")
                     not in taken)
-        checkpoint.save(self.store.path / path, trainer.state_dict(), {
+        checkpoint.save(self.store.path / path, state, {
             "run": self.store.get_meta("created"), "branch": branch, "step": step, "name": name,
             "config": self.store.config,
             "torch": torch.__version__, "saved": time.time()})
@@ -107,7 +126,7 @@ class History:
             if re.fullmatch(draft, file.name):
                 file.unlink(missing_ok=True)
             elif file.suffix == checkpoint.SUFFIX and (path := f"{FOLDER}/{file.name}") not in known:
-                with contextlib.suppress(checkpoint.CheckpointError):  # not ours, or cut short: left as it is
+                with contextlib.suppress(CheckpointError):  # not ours, or cut short: left as it is
                     about = checkpoint.about(file)
                     ours = about.get("run") == self.store.get_meta("created")
                     if ours and about["step"] <= last.get(about["branch"], -1):
@@ -132,10 +151,13 @@ class History:
 
     # ---- going back --------------------------------------------------------------------------------------
 
-    def states(self, branch: int, step: int) -> list[Snapshot | Checkpoint]:
-        """What the branch's line has at or before ``step``, newest first, snapshots before files."""
+    def states(self, branch: int, step: int, also: Sequence[Snapshot] = ()) -> list[Snapshot | Checkpoint]:
+        """What the branch's line has at or before ``step``, newest first, snapshots before files.
+
+        ``also``: snapshots that somebody still holds.
+        """
         upto = dict(self.store.lineage(branch))
-        at_hand = [s for s in [*self._snapshots, *self.store.checkpoints()]
+        at_hand = [s for s in [*self.snapshots, *also, *self.store.checkpoints()]
                    if s.branch in upto and s.step <= min(step, upto[s.branch])]
         return sorted(at_hand, key=lambda s: -s.step)
 
@@ -143,31 +165,32 @@ class History:
         """The step of the newest snapshot before ``step`` on the branch's line."""
         return next((s.step for s in self.states(branch, step - 1) if isinstance(s, Snapshot)), None)
 
-    def restore(self, branch: int, step: int, build: Callable[[], Trainer], say: Callable[[str], None]) -> Trainer:
-        """A trainer of ``build`` in the newest state at or before ``step`` that is whole; the start if there is none.
+    def restore(self, states: Sequence[Snapshot | Checkpoint], build: Callable[[], Trainer],
+                say: Callable[[str], None]) -> Trainer:
+        """A trainer of ``build`` in the first of ``states`` that is whole; at the start where none is.
 
         ``say`` hears of every checkpoint that cannot be read.
         """
         trainer = build()
-        for found in self.states(branch, step):
+        for found in states:
             try:
                 trainer.load_state_dict(found.state if isinstance(found, Snapshot)
                                         else self._load(self.store.path / found.path, trainer.device))
                 return trainer
-            except checkpoint.CheckpointError as error:
+            except CheckpointError as error:
                 say(f"{error}; going back further")
         if first := (self.store.get_meta(origin.PARENT) or {}).get(origin.FIRST):
-            raise checkpoint.CheckpointError(f"{self.store.path}: no state from step {first} on can be read, and its "
+            raise CheckpointError(f"{self.store.path}: no state from step {first} on can be read, and its "
                                              "config does not lead there from the start; fork it from its parent again")
         return origin.begun(trainer, self.store)
 
     def _load(self, path: Path, device: torch.device) -> dict[str, Any]:
         there, here = checkpoint.about(path).get("config"), self.store.config
         if there is None:
-            raise checkpoint.CheckpointError(f"{path}: not a checkpoint of a run")
+            raise CheckpointError(f"{path}: not a checkpoint of a run")
         if (field := other_shape(there, here)) is not None:
             part = next(part for part, names in _SHAPES.items() if field in names)
-            raise checkpoint.CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
+            raise CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
                                              f"{here[part][field]!r} here")
         return checkpoint.load(path, device)
 
@@ -258,19 +281,3 @@ def other_shape(there: Mapping, here: Mapping) -> str | None:
 def turns(store: RunStore, branch: int) -> list[tuple[int, dict]]:
     """(first step it acted on, what it said) of every knob turn that the branch shows, in order."""
     return [(e["step"], e["payload"]) for e in store.read_events(branch) if e["kind"] == "knob"]
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy with every tensor in host memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_bytes, items))

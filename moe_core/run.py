@@ -87,7 +87,8 @@ class Run(Timeline, Face):
         self._knobs = trainer.knobs if trainer else Knobs(config, resolve_device(config))
         self.history = History(store, config.save_interval, config.keep_checkpoints)
         self.history.tidy()
-        self._save_s = 0.0
+        self._save_s = 0.0  # seconds that the last save took
+        self._beside_s = 0.0  # seconds of training in what is being saved beside it
         self._stand_on(store.get_meta("branch", MAIN))
         self.session: Session | None = None
         Session(self)  # takes its place as self.session
@@ -155,6 +156,7 @@ class Run(Timeline, Face):
         """Stop training at the next step boundary, save, and let the run's directory go."""
         self._porter.close()
         self.session.close()
+        self._settle()
         if self._trainer is not None and self._unsaved_s:
             self._save()
         if self._trainer is not None:

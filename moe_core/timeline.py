@@ -54,6 +54,7 @@ class Timeline:
 
         ``more``: another follows at once, and may be under way by then.
         """
+        self._settle(wait=False)
         started = time.perf_counter()
         # Kept until their rows are on disk: where a full disk refuses one, its step is applied already, and the
         # next call writes it before anything else happens.
@@ -71,8 +72,12 @@ class Timeline:
             self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
         self._unsaved_s += time.perf_counter() - started
         val = record.metrics.get("val/loss", math.nan)
+        if not math.isnan(val):
+            self._settle()  # which step is the best decides what the save under way may drop
         if self.history.is_best(self._branch.id, record.step, val) or self._saves_at(record.step):
-            self._save()
+            self._settle()
+            self.history.save_beside(self._branch.id, self._trainer)
+            self._beside_s, self._unsaved_s = self._unsaved_s, 0.0
         return record
 
     def _saves_at(self, step: int) -> bool:
@@ -88,7 +93,8 @@ class Timeline:
 
     def end_chunk(self) -> None:
         """Save where training rests, unless that costs much beside what it would save. For the session."""
-        if self._unsaved_s > 10 * self._save_s:
+        self._settle()
+        if self._trainer is not None and self._unsaved_s > 10 * self._save_s:
             self._save()
 
     # ---- back, for whoever holds the run --------------------------------------------------------------------
@@ -239,15 +245,17 @@ class Timeline:
 
         Returns what :meth:`History.retrace` says. There is no trainer where ``go_on`` stopped that.
         """
+        self.end_chunk()
+        at_hand = tuple(self.history.snapshots)  # of which some may have to go for the next
         if self._trainer is not None:
-            self.end_chunk()
             self.history.snapshot(self._branch.id, self._trainer)
             self._trainer.train.close()
         else:
             provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
         self._trainer = None  # until it is whole again
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        trainer = self.history.restore(line, step, lambda: build_trainer(self.config, self._knobs, print), print)
+        states = self.history.states(line, step, at_hand)
+        trainer = self.history.restore(states, lambda: build_trainer(self.config, self._knobs, print), print)
         if (at := trainer.steps_done) < step:
             print(f"{self.path}: saved up to step {at}; what follows up to step {step} is trained again")
         off = self.history.retrace(line, trainer, step, go_on)
@@ -282,15 +290,25 @@ class Timeline:
         self.store.set_meta("branch", branch)
 
     def _save(self, name: str | None = None) -> None:
+        self._settle()
         started = time.perf_counter()
         try:
             saved = self.history.save(self._branch.id, self._trainer, name)
         except CheckpointError as error:
             if name is not None:
                 raise  # to whoever asked for it
-            # A full disk must not stop a night of training: the run goes on, and says so.
-            self.store.log_event(self._branch.id, self._step, "alert", {"text": str(error)})
-            return
+            return self._not_saved(error)
         self._save_s, self._unsaved_s = time.perf_counter() - started, 0.0
         if name is not None:
             self.store.log_event(self._branch.id, self._step, "checkpoint", {"name": name, "path": saved.path})
+
+    def _settle(self, wait: bool = True) -> None:
+        try:
+            self._save_s = self.history.settle(wait) or self._save_s
+        except CheckpointError as error:
+            self._unsaved_s += self._beside_s
+            self._not_saved(error)
+
+    def _not_saved(self, error: CheckpointError) -> None:
+        # A full disk must not stop a night of training: the run goes on, and says so.
+        self.store.log_event(self._branch.id, self._step, "alert", {"text": str(error)})

@@ -3,6 +3,8 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from small_models import rows
 
 import moe_core as mc
-from moe_core import checkpoint
+from moe_core import checkpoint, snapshots
 
 VARIANTS = {
     "dropless": {},
@@ -99,14 +101,21 @@ def test_the_other_choice_differs_from_its_own_step_on(tiny_run):
         run.rewind(10)
 
 
-def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run):
+@pytest.fixture
+def taken(monkeypatch):
+    """The number of every step that any trainer takes from now on."""
+    numbers, step = [], mc.Trainer.step
+    monkeypatch.setattr(mc.Trainer, "step", lambda self, *a, **k: numbers.append(self.steps_done + 1)
+                        or step(self, *a, **k))
+    return numbers
+
+
+def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run, taken):
     run = tiny_run()
     run.step(3)
     run.step(4)
     run.step(2)
-    taken = []
-    step = run._trainer.step
-    run._trainer.step = lambda *a, **k: taken.append(1) or step(*a, **k)
+    taken.clear()
     for expected in (7, 3, 0):
         run.undo()
         assert run.current_step == expected
@@ -115,6 +124,42 @@ def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run):
         run.undo()
     run.step(3)
     assert rows(run)["train/loss"].equals(rows(run, "main")["train/loss"][:3])
+
+
+def test_no_step_is_taken_twice_where_memory_holds_one_state_alone(tiny_run, taken, monkeypatch):
+    """As with every large model: undo, back to the tip and two choices from one step start from what memory has."""
+    monkeypatch.setattr(snapshots, "SNAPSHOT_BYTES", 1)
+    run = tiny_run(eval_interval=0)
+    run._save_s = 1e9  # nothing is saved
+    run.step(3)
+    run.step(2)
+    run.undo()
+    assert run.current_step == 3
+    run.switch("main")
+    run.ab({}, {"router_temp": 1.6}, steps=2)
+    assert taken == [1, 2, 3, 4, 5, 6, 7, 6, 7]
+    assert rows(run, "A-5")["train/loss"][5] == rows(run, "main")["train/loss"][5]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
+    """What is written is the state of the step that it was due at; at rest it is there."""
+    run, write, gate = tiny_run(save_interval=3, eval_interval=0), checkpoint.save, threading.Event()
+    monkeypatch.setattr(checkpoint, "save", lambda *a: gate.wait(60) and write(*a))
+    run._save_s = 1e9  # no other save is due
+    run.session.start(5)
+    waited = time.monotonic() + 60
+    while run.current_step < 5 and time.monotonic() < waited:
+        time.sleep(0.01)
+    assert run.current_step == 5 and run.store.checkpoints() == []
+    gate.set()
+    run.session.wait()
+    (saved,) = run.store.checkpoints()
+    assert saved.step == 3
+    run.step(1)
+    run.history.snapshots.clear()
+    run.rewind(3)
+    run.step(3)
+    assert rows(run).equals(rows(run, "main"))
 
 
 def test_what_is_asked_for_while_a_chunk_is_saved_is_undone_alone(tiny_run):
@@ -246,7 +291,8 @@ def test_a_pause_is_heard_while_steps_are_trained_again(tiny_run):
     run, whole = tiny_run(eval_interval=0, save_interval=0), tiny_run("whole", eval_interval=0)
     run._save_s = 1e9  # as if it was killed before it could save
     run.step(40), whole.step(41)
-    run._trainer, run.history._snapshots = None, []
+    run._trainer = None
+    run.history.snapshots.clear()
     run.session.start(1)
     run.session.pause()
     assert run.session.wait(timeout=60) and run.session.state == "paused" and run.current_step == 40
