@@ -165,13 +165,15 @@ class History:
         """The step of the newest snapshot before ``step`` on the branch's line."""
         return next((s.step for s in self.states(branch, step - 1) if isinstance(s, Snapshot)), None)
 
-    def restore(self, states: Sequence[Snapshot | Checkpoint], build: Callable[[], Trainer],
+    def restore(self, trainer: Trainer | None, states: Sequence[Snapshot | Checkpoint], build: Callable[[], Trainer],
                 say: Callable[[str], None]) -> Trainer:
-        """A trainer of ``build`` in the first of ``states`` that is whole; at the start where none is.
+        """``trainer``, or where that is None one of ``build``, brought to the first of ``states`` that is whole; one of
+        ``build`` at the start where none is.
 
-        ``say`` hears of every checkpoint that cannot be read.
+        ``say`` hears of every checkpoint that cannot be read. Raises CheckpointError.
         """
-        trainer = build()
+        fresh = trainer is None
+        trainer = build() if fresh else trainer
         for found in states:
             try:
                 trainer.load_state_dict(found.state if isinstance(found, Snapshot)
@@ -181,7 +183,10 @@ class History:
                 say(f"{error}; going back further")
         if first := (self.store.get_meta(origin.PARENT) or {}).get(origin.FIRST):
             raise CheckpointError(f"{self.store.path}: no state from step {first} on can be read, and its "
-                                             "config does not lead there from the start; fork it from its parent again")
+                                  "config does not lead there from the start; fork it from its parent again")
+        if not fresh:
+            trainer.train.close()
+            trainer = build()
         return origin.begun(trainer, self.store)
 
     def _load(self, path: Path, device: torch.device) -> dict[str, Any]:

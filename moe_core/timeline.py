@@ -246,16 +246,15 @@ class Timeline:
         Returns what :meth:`History.retrace` says. There is no trainer where ``go_on`` stopped that.
         """
         self.end_chunk()
-        at_hand = tuple(self.history.snapshots)  # of which some may have to go for the next
-        if self._trainer is not None:
-            self.history.snapshot(self._branch.id, self._trainer)
-            self._trainer.train.close()
+        trainer, at_hand = self._trainer, tuple(self.history.snapshots)  # of which some may have to go for the next
+        if trainer is not None:
+            self.history.snapshot(self._branch.id, trainer)
         else:
             provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
         self._trainer = None  # until it is whole again
         provenance.same_threads(self.store, resolve_device(self.config), print)
-        states = self.history.states(line, step, at_hand)
-        trainer = self.history.restore(states, lambda: build_trainer(self.config, self._knobs, print), print)
+        trainer = self.history.restore(trainer, self.history.states(line, step, at_hand),
+                                       lambda: build_trainer(self.config, self._knobs, print), print)
         if (at := trainer.steps_done) < step:
             print(f"{self.path}: saved up to step {at}; what follows up to step {step} is trained again")
         off = self.history.retrace(line, trainer, step, go_on)

@@ -311,9 +311,9 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Become what :meth:`state_dict` was taken of: the same steps follow, under the rates of this trainer's own
-        config. A step under way is given up.
+        config. A step under way is given up. Where it raises, the state is neither.
         """
-        self._ahead = None
+        self._ahead = self.routed = None
         self.model.load_state_dict(state["model"])
         load_gathered(self.optimizer, state["optimizer"])
         self.knobs.load_state_dict(state["knobs"])
@@ -330,8 +330,11 @@ def load_gathered(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     for own, then in zip(groups, saved["param_groups"], strict=True):
         own.pop("update_size", None)
         own |= {name: then[name] for name in ("update_size",) if name in then}
-    # A copy, or it would share memory with what was saved.
-    optimizer.load_state_dict({"state": copy.deepcopy(saved["state"]), "param_groups": groups})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # What need not change its device or its type is the saved one itself.
+    shared = {id(value) for entry in saved["state"].values() for value in entry.values()}
+    for entry in optimizer.state.values():
+        entry |= {name: copy.deepcopy(value) for name, value in entry.items() if id(value) in shared}
 
 
 def _norm(grads: list[Tensor], device: torch.device) -> Tensor:
