@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_core.config import OPTIMIZERS
-from moe_core.old_forms import Console, Draft, LogError, Tally, is_wandb, read_wandb
+from moe_core.old_forms import Console, Draft, LogError, Tally
+from moe_core.old_wandb import is_wandb, read_wandb
 from moe_core.storage import access
 from moe_core.store import MAIN, RunStore, as_store_error
 

@@ -54,7 +54,6 @@ class Timeline:
 
         ``more``: another follows at once, and may be under way by then.
         """
-        self._settle(wait=False)
         started = time.perf_counter()
         # Kept until their rows are on disk: where a full disk refuses one, its step is applied already, and the
         # next call writes it before anything else happens.
@@ -62,20 +61,20 @@ class Timeline:
             self._unwritten.append(self._train_one(more and not self._saves_at(self._step + 1)))
         record = self._unwritten[0]
         try:
+            self._settle(wait=False)
             self.store.log_step(self._branch.id, record.step, time.time(), record.metrics, record.shares)
+            self._step = self._unwritten.pop(0).step
+            for text in record.alerts:
+                self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
         except BaseException:
             if self.under_way:
                 self._unwritten.append(self._train_one())
             raise
-        self._step = self._unwritten.pop(0).step
-        for text in record.alerts:
-            self.store.log_event(self._branch.id, record.step, "alert", {"text": text})
         self._unsaved_s += time.perf_counter() - started
-        val = record.metrics.get("val/loss", math.nan)
-        if not math.isnan(val):
-            self._settle()  # which step is the best decides what the save under way may drop
-        if self.history.is_best(self._branch.id, record.step, val) or self._saves_at(record.step):
-            self._settle()
+        val, due = record.metrics.get("val/loss", math.nan), self._saves_at(record.step)
+        if due or not math.isnan(val):
+            self._settle()  # the save under way drops what is not the best, as of its own step
+        if self.history.is_best(self._branch.id, record.step, val) or due:
             self.history.save_beside(self._branch.id, self._trainer)
             self._beside_s, self._unsaved_s = self._unsaved_s, 0.0
         return record

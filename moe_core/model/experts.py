@@ -86,12 +86,12 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD: Tensor, order: Order, K: int) -> Tensor:
         ctx.save_for_backward(order.place_N)
         ctx.K = K
-        return order.spread(x_TD[order.order_N // K])
+        return order.spread(x_TD.index_select(0, order.order_N // K))
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor):
         (place_N,) = ctx.saved_tensors
-        grad_ND = grad_MD[place_N]
+        grad_ND = grad_MD.index_select(0, place_N)
         return grad_ND if ctx.K == 1 else grad_ND.unflatten(0, (-1, ctx.K)).sum(1), None, None
 
 
@@ -105,7 +105,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(rows_MD, weights_TK, *order[:-1])
         ctx.rows = order.rows
         # Products in the memory of what was gathered: with the backward 0.7 of the time of new ones, on a CPU.
-        parts_TKD = rows_MD[order.place_N].to(weights_TK.dtype).unflatten(0, weights_TK.shape)
+        parts_TKD = rows_MD.index_select(0, order.place_N).to(weights_TK.dtype).unflatten(0, weights_TK.shape)
         parts_TKD = parts_TKD.mul_(weights_TK.unsqueeze(-1))
         y_TD = parts_TKD.squeeze(1) if parts_TKD.shape[1] == 1 else parts_TKD.sum(1)
         return y_TD.to(rows_MD.dtype)
@@ -115,8 +115,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor):
         rows_MD, weights_TK, *order = ctx.saved_tensors
         order = Order(*order, ctx.rows)
-        grad_ND = grad_TD[order.order_N // weights_TK.shape[1]].to(weights_TK.dtype)
-        own_ND = rows_MD if order.row_N is None else rows_MD[order.row_N]
+        grad_ND = grad_TD.index_select(0, order.order_N // weights_TK.shape[1]).to(weights_TK.dtype)
+        own_ND = rows_MD if order.row_N is None else rows_MD.index_select(0, order.row_N)
         grad_weights_N = (own_ND * grad_ND).sum(-1)
         grad_weights_N = torch.empty_like(grad_weights_N).scatter_(0, order.order_N, grad_weights_N)
         grad_ND = grad_ND.mul_(weights_TK.flatten()[order.order_N].unsqueeze(-1))
