@@ -23,7 +23,7 @@ import torch
 from moe_core import checkpoint, origin, provenance
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ModelConfig
-from moe_core.snapshots import Snapshot, Snapshots, copied
+from moe_core.snapshots import Snapshot, Snapshots
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
@@ -49,10 +49,10 @@ class History:
 
     # ---- saving ------------------------------------------------------------------------------------------
 
-    def snapshot(self, branch: int, trainer: Trainer) -> None:
+    def snapshot(self, branch: int, trainer: Trainer) -> Snapshot:
         """Keep a copy of the trainer's state in host memory, for every line that shows its step."""
         step = trainer.steps_done
-        self.snapshots.take(self.owner(branch, step), step, trainer.state_dict())
+        return self.snapshots.take(self.owner(branch, step), step, trainer.state_dict())
 
     def save(self, branch: int, trainer: Trainer, name: str | None = None) -> Checkpoint:
         """Write a checkpoint and drop those that no rule keeps any longer. Raises CheckpointError.
@@ -60,18 +60,17 @@ class History:
         A named one is never dropped. Its file is entered in the store after it is whole.
         """
         self.settle()
-        return self._write(branch, trainer.steps_done, trainer.state_dict(), name)
+        return self._write(branch, trainer.state_dict(), name)
 
-    def save_beside(self, branch: int, trainer: Trainer) -> None:
-        """:meth:`save` by rule, of which training waits for no more than a copy in host memory; :meth:`settle` hears
-        what became of it. Raises what :meth:`settle` does of the one before.
+    def save_beside(self, branch: int, state: dict[str, Any]) -> None:
+        """:meth:`save` by rule a trainer's state that nobody changes, in a thread of its own; :meth:`settle` hears what
+        became of it. Raises what :meth:`settle` does of the one before.
         """
         self.settle()
-        step, state = trainer.steps_done, copied(trainer.state_dict())
 
         def write() -> float:
             started = time.perf_counter()
-            self._write(branch, step, state, None)
+            self._write(branch, state, None)
             return time.perf_counter() - started
         try:
             self._writing = self._writer.submit(write)
@@ -87,7 +86,8 @@ class History:
         writing, self._writing = self._writing, None
         return writing.result()
 
-    def _write(self, branch: int, step: int, state: dict[str, Any], name: str | None) -> Checkpoint:
+    def _write(self, branch: int, state: dict[str, Any], name: str | None) -> Checkpoint:
+        step = state["steps_done"]
         known = [c for c in self.store.checkpoints() if (c.branch, c.step, c.name) == (branch, step, name)]
         if known:
             return known[-1]  # the state after a step of a branch never changes

@@ -36,8 +36,8 @@ class Snapshots:
         """Forget all of them."""
         self._kept = []
 
-    def take(self, branch: int, step: int, state: dict[str, Any]) -> None:
-        """Make ``state`` the newest, if it is not there already; the oldest go first where memory is short."""
+    def take(self, branch: int, step: int, state: dict[str, Any]) -> Snapshot:
+        """Make a copy of ``state`` the newest, or the one of it that is there; the oldest go where memory is short."""
         newest = next((s for s in self._kept if (s.branch, s.step) == (branch, step)), None)
         kept = [s for s in self._kept if s is not newest]
         if newest is None:
@@ -47,6 +47,7 @@ class Snapshots:
             self._kept = kept  # before the copy, which may need their memory
             newest = Snapshot(branch, step, copied(state), size)
         self._kept = [*kept, newest]
+        return newest
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from moe_core.config import ConfigError, RunConfig
 from moe_core.data import fingerprint, open_data
 from moe_core.history import other_shape
 from moe_core.knobs import Knobs
+from moe_core.snapshots import copied
 from moe_core.store import RunStore
 from moe_core.trainer import StepRecord, Trainer, resolve_device
 
@@ -75,8 +76,7 @@ class Timeline:
         if due or not math.isnan(val):
             self._settle()  # the save under way drops what is not the best, as of its own step
         if self.history.is_best(self._branch.id, record.step, val) or due:
-            self.history.save_beside(self._branch.id, self._trainer)
-            self._beside_s, self._unsaved_s = self._unsaved_s, 0.0
+            self._save_beside(copied(self._trainer.state_dict()))
         return record
 
     def _saves_at(self, step: int) -> bool:
@@ -93,7 +93,7 @@ class Timeline:
     def end_chunk(self) -> None:
         """Save where training rests, unless that costs much beside what it would save. For the session."""
         self._settle()
-        if self._trainer is not None and self._unsaved_s > 10 * self._save_s:
+        if self._unsaved_s > 10 * self._save_s:
             self._save()
 
     # ---- back, for whoever holds the run --------------------------------------------------------------------
@@ -244,16 +244,17 @@ class Timeline:
 
         Returns what :meth:`History.retrace` says. There is no trainer where ``go_on`` stopped that.
         """
-        self.end_chunk()
+        self._settle()
         trainer, at_hand = self._trainer, tuple(self.history.snapshots)  # of which some may have to go for the next
-        if trainer is not None:
-            self.history.snapshot(self._branch.id, trainer)
-        else:
+        left = None if trainer is None else self.history.snapshot(self._branch.id, trainer)
+        if trainer is None:
             provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
         self._trainer = None  # until it is whole again
         provenance.same_threads(self.store, resolve_device(self.config), print)
         trainer = self.history.restore(trainer, self.history.states(line, step, at_hand),
                                        lambda: build_trainer(self.config, self._knobs, print), print)
+        if left is not None and self._unsaved_s > self._save_s:
+            self._save_beside(left.state)  # or to come back would mean to take those steps again
         if (at := trainer.steps_done) < step:
             print(f"{self.path}: saved up to step {at}; what follows up to step {step} is trained again")
         off = self.history.retrace(line, trainer, step, go_on)
@@ -299,6 +300,10 @@ class Timeline:
         self._save_s, self._unsaved_s = time.perf_counter() - started, 0.0
         if name is not None:
             self.store.log_event(self._branch.id, self._step, "checkpoint", {"name": name, "path": saved.path})
+
+    def _save_beside(self, state: dict) -> None:
+        self.history.save_beside(self._branch.id, state)
+        self._beside_s, self._unsaved_s = self._unsaved_s, 0.0
 
     def _settle(self, wait: bool = True) -> None:
         try:

@@ -141,6 +141,22 @@ def test_no_step_is_taken_twice_where_memory_holds_one_state_alone(tiny_run, tak
     assert rows(run, "A-5")["train/loss"][5] == rows(run, "main")["train/loss"][5]
 
 
+def test_the_end_of_a_line_that_is_left_is_saved(tiny_run, taken, monkeypatch):
+    """Memory holds one state alone, and the next chunk takes its place: to come back trains nothing."""
+    monkeypatch.setattr(snapshots, "SNAPSHOT_BYTES", 1)
+    run = tiny_run(eval_interval=0)
+    run._save_s = 1e9  # nothing is saved at rest
+    run.step(3)
+    run.step(2)
+    run._save_s = 0.0
+    run.undo()
+    run._save_s = 1e9
+    run.step(1)
+    run.switch("main")
+    run.step(1)
+    assert taken == [1, 2, 3, 4, 5, 4, 6]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     """What is written is the state of the step that it was due at; at rest it is there."""
     run, write, gate = tiny_run(save_interval=3, eval_interval=0), checkpoint.save, threading.Event()
