@@ -32,10 +32,6 @@ class Snapshots:
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(tuple(self._kept))
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._kept = []
-
     def take(self, branch: int, step: int, state: dict[str, Any]) -> Snapshot:
         """Make a copy of ``state`` the newest, or the one of it that is there; the oldest go where memory is short."""
         newest = next((s for s in self._kept if (s.branch, s.step) == (branch, step)), None)
@@ -63,7 +59,7 @@ def _copied(value: Any, devices: set[torch.device]) -> Any:
     if isinstance(value, Tensor):
         if value.is_cuda:
             devices.add(value.device)
-        return _room(value).copy_(value.detach(), non_blocking=True)
+        return _room(value).copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
         return {key: _copied(item, devices) for key, item in value.items()}
     return [_copied(item, devices) for item in value] if isinstance(value, list | tuple) else value

@@ -172,7 +172,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     (saved,) = run.store.checkpoints()
     assert saved.step == 3
     run.step(1)
-    run.history.snapshots.clear()
+    run.history.snapshots = snapshots.Snapshots()
     run.rewind(3)
     run.step(3)
     assert rows(run).equals(rows(run, "main"))
@@ -308,7 +308,7 @@ def test_a_pause_is_heard_while_steps_are_trained_again(tiny_run):
     run._save_s = 1e9  # as if it was killed before it could save
     run.step(40), whole.step(41)
     run._trainer = None
-    run.history.snapshots.clear()
+    run.history.snapshots = snapshots.Snapshots()
     run.session.start(1)
     run.session.pause()
     assert run.session.wait(timeout=60) and run.session.state == "paused" and run.current_step == 40
