@@ -30,7 +30,7 @@ class Side:
     tokens: int
     flops_per_token: int | None = None
     ready: float | None = None  # seconds until it had taken its first steps, compiling included
-    peak_bytes: int | None = None  # of everything that it holds and makes in a step
+    peak_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)  # a step, by round
     batch: Callable[[], object] | None = None  # what its step takes first, where it reads data
 
@@ -117,20 +117,24 @@ def held_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device, held: int = 0) -> int:
-    """Bytes at the highest point: on CUDA over what was there before the side; on a CPU over a step's start."""
+    """Bytes at the highest point: on CUDA over what was there before the side; on a CPU over the lowest point, where
+    there are weights and optimizer state alone.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device) - held
     with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                           profile_memory=True) as profile:
+        step()  # what it frees of the step before may go unseen
         step()
     with tempfile.TemporaryDirectory() as folder:
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     changes = [e["args"]["Bytes"] for e in sorted(
         (e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])]
-    return max(itertools.accumulate(changes), default=0)
+    levels = list(itertools.accumulate(changes, initial=0))
+    return max(levels) - min(levels)
 
 
 @contextlib.contextmanager

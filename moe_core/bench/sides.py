@@ -19,7 +19,7 @@ from moe_core.model import RouterControls, Transformer
 from moe_core.optim import build_optimizer
 from moe_core.trainer import Trainer
 
-PEERS = {"Qwen3-MoE": "Qwen3Moe", "Mixtral": "Mixtral", "OLMoE": "Olmoe"}
+PEERS = {"Qwen3-MoE": "Qwen3Moe", "Mixtral": "Mixtral", "OLMoE": "Olmoe", "Qwen3 dense": "Qwen3"}
 
 
 def dense_twin(config: RunConfig) -> RunConfig:
@@ -66,26 +66,32 @@ def with_metrics(config: RunConfig, device: torch.device, dtype: torch.dtype, *,
                 trainer.model.flops_per_token(), batch=lambda: batches.next().to(device, non_blocking=True))
 
 
-def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str, *,
-         compile: bool = False, name: str = "") -> Side:
-    """Hugging Face's model of the same shape, with its own router loss, its weights in ``dtype``'s autocast."""
+def peer_model(family: str, config: RunConfig, impl: str = ""):
+    """Hugging Face's model of the same shape; with experts its own router loss, and ``impl``, how it computes them."""
     import transformers
 
     m, prefix = config.model, PEERS[family]
     shape = dict(
         vocab_size=m.vocab_size, hidden_size=m.d_model, num_hidden_layers=m.n_layer, num_attention_heads=m.n_head,
         num_key_value_heads=m.kv_heads, head_dim=m.head_dim, max_position_embeddings=m.block_size,
-        num_experts_per_tok=config.router.top_k, tie_word_embeddings=True, output_router_logits=True,
-        router_aux_loss_coef=config.router.load_balance_alpha, use_cache=False, eos_token_id=None)
-    if prefix == "Mixtral":
-        shape |= dict(num_local_experts=m.n_experts, intermediate_size=m.ff_width)
-    else:
-        shape |= dict(num_experts=m.n_experts, intermediate_size=m.ff_width, norm_topk_prob=False)
-    if prefix == "Qwen3Moe":
-        shape |= dict(moe_intermediate_size=m.ff_width)
+        intermediate_size=m.ff_width, tie_word_embeddings=True, use_cache=False, eos_token_id=None)
+    if m.n_experts:
+        shape |= dict(num_experts_per_tok=config.router.top_k, output_router_logits=True,
+                      router_aux_loss_coef=config.router.load_balance_alpha)
+        shape |= dict(num_local_experts=m.n_experts) if prefix == "Mixtral" else dict(
+            num_experts=m.n_experts, norm_topk_prob=False)
+        if prefix == "Qwen3Moe":
+            shape |= dict(moe_intermediate_size=m.ff_width)
     settings = getattr(transformers, f"{prefix}Config")(**shape)
-    settings._experts_implementation = impl
-    model = getattr(transformers, f"{prefix}ForCausalLM")(settings).to(device)
+    if impl:
+        settings._experts_implementation = impl
+    return getattr(transformers, f"{prefix}ForCausalLM")(settings)
+
+
+def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtype, impl: str = "", *,
+         compile: bool = False, name: str) -> Side:
+    """:func:`peer_model`, with its weights in ``dtype``."""
+    model = peer_model(family, config, impl).to(device)
     mixed = dtype is not torch.float32
     if mixed:  # autocast does not reach grouped_mm: the weights themselves are cast, as its users do
         model = model.to(dtype)
@@ -98,7 +104,7 @@ def peer(family: str, config: RunConfig, device: torch.device, dtype: torch.dtyp
         run(input_ids=tokens, labels=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return Side(name or f"{family} {impl}", step, tokens.numel())
+    return Side(name, step, tokens.numel())
 
 
 def makers(config: RunConfig, device: torch.device, dtype: torch.dtype, also_compiled: bool,
@@ -116,9 +122,11 @@ def makers(config: RunConfig, device: torch.device, dtype: torch.dtype, also_com
         add("ours compiled", ours, config, device, dtype, compile=True)
         add("ours dense compiled", ours, dense, device, dtype, compile=True)
         add("Qwen3-MoE grouped_mm compiled", peer, "Qwen3-MoE", config, device, dtype, "grouped_mm", compile=True)
+        add("Qwen3 dense compiled", peer, "Qwen3 dense", dense, device, dtype, compile=True)
         add("ours trainer compiled", with_metrics, config, device, dtype, compile=True)
         add("ours Muon + AdamW compiled", ours, muon, device, dtype, compile=True)
     add("ours dense", ours, dense, device, dtype)
+    add("Qwen3 dense", peer, "Qwen3 dense", dense, device, dtype)
     add("ours trainer", with_metrics, config, device, dtype)
     add("ours Muon + AdamW", ours, muon, device, dtype)
     add("Qwen3-MoE eager", peer, "Qwen3-MoE", config, device, dtype, "eager")

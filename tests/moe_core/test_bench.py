@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from moe_core.bench import command, curves, sides
-from moe_core.bench.harness import Side, built, interleave, ratio
-from moe_core.model import experts
+from moe_core.bench.harness import Side, built, interleave, peak_bytes, ratio
+from moe_core.model import Transformer, experts
+from moe_core.presets import preset
 
 CPU = torch.device("cpu")
 
@@ -37,6 +38,28 @@ def test_a_side_that_fails_is_said_and_left_out(tmp_path):
     assert "broken: left out, ImportError: no such peer" in said
     kept[0].seconds, kept[1].seconds = [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]
     assert ratio(kept[1], kept[0]) == (2.0, 2.0, 2.0)  # tokens for tokens
+
+
+def test_the_peak_is_what_a_step_makes_whatever_it_left_of_the_one_before():
+    """Gradients that live on until the next step count once, and so does what comes and goes beside them."""
+    kept = [torch.ones(1 << 20)]  # made where nobody looked
+
+    def step():
+        kept.clear()
+        passing = torch.ones(3 << 20)
+        kept.append(torch.ones(1 << 20))
+        del passing
+    step()
+    assert peak_bytes(step, CPU) == peak_bytes(step, CPU) == 4 << 22
+
+
+@pytest.mark.parametrize("family, changes", (
+    ("Qwen3-MoE", {}), ("Qwen3-MoE", dict(top_k=2)), ("Mixtral", dict(qk_norm=False)), ("Qwen3 dense", {})))
+def test_a_peer_has_the_shape_that_it_is_compared_in(family, changes):
+    """As many weights as ours without its router bias and its gate on the attention, which no peer has."""
+    config = preset("nano", router_bias=False, attn_gate="none", **changes)
+    config = sides.dense_twin(config) if family == "Qwen3 dense" else config
+    assert sides.peer_model(family, config).num_parameters() == Transformer(config.model, config.router).num_params()
 
 
 def test_a_table_has_a_row_for_each_side_and_goes_to_json(tmp_path, capsys):
