@@ -59,7 +59,7 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
     for k, step in enumerate(at):
         first = max(step - window, at[k - 1] if k else 0)
         last = min(step + window - 1, at[k + 1] - 1 if k + 1 < len(at) else step + window - 1)
-        inside = (rows.steps >= first) & (rows.steps <= last)
+        inside = slice(*np.searchsorted(rows.steps, (first, last + 1)))
         here = {event["payload"]["name"]: event["payload"] for event in turns if event["step"] == step}
         shape = _done(rows.steps[inside], step, here.values())
         tested = _test({name: values[inside] for name, values in columns.items()}, rows.steps[inside], step, shape)

@@ -33,6 +33,8 @@ from moe_core.storage.schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
 
 __all__ = ["Branch", "Checkpoint", "RunStore", "Steps", "StoreError"]
 
+PART = 1024  # rows that are read at once where all would be too many
+
 
 class _Layout(NamedTuple):
     id: int
@@ -271,21 +273,32 @@ class RunStore:
                     return newest & STEP_MAX
         return 0
 
-    def read_steps(self, branch_id: int = MAIN, since: int = 0, *, shares: bool = True) -> Steps:
+    def read_steps(self, branch_id: int = MAIN, since: int = 0, *, shares: bool = True,
+                   limit: int = STEP_MAX) -> Steps:
         """The rows of the steps after ``since`` that the branch shows, its parent's included, oldest first.
 
-        ``shares=False`` leaves the expert shares, often most of the bytes, on disk: [n, 2, 0, 0].
+        ``shares=False`` leaves the expert shares, often most of the bytes, on disk: [n, 2, 0, 0]. ``limit``: the
+        oldest rows, at most so many.
         """
         rows: list[tuple] = []
         sql = (f"SELECT id, time, layout, metrics{', shares' if shares else ''} FROM steps "
-               "WHERE id > ? AND id <= ? ORDER BY id")
+               "WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
         with self._reader() as db:
             for span in self._spans(db, branch_id, since):
-                rows += db.execute(sql, span)
+                rows += db.execute(sql, (*span, limit - len(rows)))
             # After the rows, so that every layout that they mean is there.
             found = db.execute("SELECT id, names, layers, experts FROM layouts")
             layouts = {row[0]: row[1:] for row in found}
         return decode(rows, layouts, shares)
+
+    def read_parts(self, branch_id: int = MAIN, since: int = 0, *, shares: bool = True) -> Iterator[Steps]:
+        """What :meth:`read_steps` reads, ``PART`` rows at a time, at least one part: memory for all shares may lack."""
+        while True:
+            part = self.read_steps(branch_id, since, shares=shares, limit=PART)
+            yield part
+            if len(part) < PART:
+                return
+            since = int(part.steps[-1])
 
     def read_events(self, branch_id: int = MAIN, after: int = 0) -> list[dict[str, Any]]:
         """The events that the branch shows, its parent's included, by step, then in the order they came.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from moe_core.store import Steps
 from widgets.charts import bias_names
 from widgets.marks import Marks
 from widgets.others import other_branches
@@ -48,14 +49,14 @@ class Feed:
         changed = self._branch != run.branch
         if changed:
             self._reset(run.branch)
-        steps = run.store.read_steps(self._branch_id, since=self.last_step, shares=bool(self._n_experts))
-        if len(steps):
-            self.last_step, changed = int(steps.steps[-1]), True
-            columns = np.stack([steps.column(name) for name in self._names], 1)
-            newer = pd.DataFrame(columns, columns=self._names, index=pd.Index(steps.steps, name="step"))
-            self.metrics = pd.concat([self.metrics, newer]) if len(self.metrics) else newer
+        newer = [self._shown(part) for part in
+                 run.store.read_parts(self._branch_id, self.last_step, shares=bool(self._n_experts)) if len(part)]
+        if newer:
+            rows, shares = zip(*newer, strict=True)
+            self.last_step, changed = int(rows[-1].index[-1]), True
+            self.metrics = pd.concat([self.metrics, *rows] if len(self.metrics) else rows)
             if self.shares is not None:
-                self.shares = self.shares.extended(Shares.of(steps.steps, steps.shares, self.layer))
+                self.shares = self.shares.extended(*shares)
         newest = run.store.read_events(self._branch_id, after=self._last_event)
         if newest:
             self._last_event, changed = max(event["id"] for event in newest), True
@@ -63,6 +64,12 @@ class Feed:
             self._news([event for event in newest if event["id"] > self._told])
             self._told = max(self._told, self._last_event)
         return changed
+
+    def _shown(self, part: Steps) -> tuple[pd.DataFrame, Shares | None]:
+        """What the charts show of these steps."""
+        columns = np.stack([part.column(name) for name in self._names]).T
+        shares = None if self.shares is None else Shares.of(part.steps, part.shares, self.layer)
+        return pd.DataFrame(columns, columns=self._names, index=pd.Index(part.steps, name="step")), shares
 
     def _reset(self, branch: str) -> None:
         self._branch_id = {b.name: b.id for b in self._run.store.branches()}[branch]

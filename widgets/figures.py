@@ -265,5 +265,6 @@ def run_figure(run, layer: int | None = None, width: int = WIDTH) -> go.Figure:
     """The panel's figure of a run's current branch, with its other branches grey behind it."""
     metrics = run.metrics(per_layer=True)
     here = next(branch.id for branch in run.store.branches() if branch.name == run.branch)
-    return panel_figure(metrics, run.experts(), run.events(), layer, width, top_k=run.config.router.top_k,
+    shares = Shares.read(run.store, here, layer) if run.config.model.n_experts else None
+    return panel_figure(metrics, shares, run.events(), layer, width, top_k=run.config.router.top_k,
                         others=other_branches(run.store, here, list(metrics)))

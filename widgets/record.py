@@ -20,7 +20,9 @@ from moe_core.effects import COLUMNS, between, effects
 from moe_core.health import Finding
 from moe_core.knobs import Knobs
 from moe_core.provenance import META
-from moe_core.store import MAIN, Branch, RunStore, StoreError
+from moe_core.rules import WINDOW
+from moe_core.storage.schema import STEP_MAX
+from moe_core.store import MAIN, Branch, RunStore, Steps, StoreError
 from widgets.marks import Marks
 from widgets.others import other_branches
 from widgets.series import Shares
@@ -33,7 +35,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f]")  # all but the spaces and end
 class Record:
     """One branch of a run, as it was when it was read. ``config`` is None for an imported run.
 
-    ``metrics``: per layer too, index step. ``shares_n2LE``: demand and served. ``events``: as of the store;
+    ``metrics``: per layer too, index step. ``shares``: means over layers, None without experts; ``newest_n2LE``:
+    demand and served of every layer in the newest ``WINDOW`` steps. ``events``: as of the store;
     ``elsewhere``: those of the other branches, each under the branch that it happened on. ``others``: the other
     branches' own rows, for grey lines. ``fresh``: whether it began with weights of its own.
     ``partings``: (other branch, last common step, last step compared, :func:`moe_core.effects.between`).
@@ -47,7 +50,8 @@ class Record:
     branches: list[Branch]
     last_steps: dict[str, int]  # of each branch
     metrics: pd.DataFrame
-    shares_n2LE: np.ndarray
+    shares: Shares | None
+    newest_n2LE: np.ndarray
     events: list[dict[str, Any]]
     made: dict[str, Any]
     parent: dict[str, Any] | None  # of a fork: path, branch, step
@@ -75,7 +79,7 @@ class Record:
         if branch is not None and branch not in known:
             raise StoreError(f"branch = {branch!r}: must be one of {', '.join(map(repr, known))}")
         at = known[branch] if branch is not None else store.get_meta("branch", MAIN)
-        rows = store.read_steps(at)
+        rows, shares, newest_n2LE = _rows(store, at)
         metrics = pd.DataFrame(rows.values, columns=rows.names, index=pd.Index(rows.steps, name="step"))
         last = int(rows.steps[-1]) if len(rows.steps) else 0
         events = _whole(store.read_events(at))
@@ -86,7 +90,7 @@ class Record:
             name=path.resolve().name, path=path, raw_config=store.config, config=config,
             branch=next(b.name for b in branches if b.id == at), branches=branches,
             last_steps={b.name: store.last_step(b.id) for b in branches}, metrics=metrics,
-            shares_n2LE=rows.shares, events=events, made=store.get_meta(META) or {},
+            shares=shares, newest_n2LE=newest_n2LE, events=events, made=store.get_meta(META) or {},
             parent=store.get_meta("parent"),
             findings=_findings(store, at, last, knobs, config, metrics), knobs=knobs,
             effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
@@ -101,7 +105,7 @@ class Record:
     @property
     def n_experts(self) -> int:
         """E; 0 for a dense model, and where an imported log does not tell."""
-        return self.config.model.n_experts if self.config is not None else self.shares_n2LE.shape[-1]
+        return self.config.model.n_experts if self.config is not None else self.newest_n2LE.shape[-1]
 
     @property
     def top_k(self) -> int:
@@ -130,12 +134,6 @@ class Record:
     def marks(self) -> Marks:
         return Marks.of(pd.DataFrame([{**event["payload"], **event} for event in self.events]))
 
-    def shares(self) -> Shares | None:
-        """The mean over layers; None without experts."""
-        if not self.shares_n2LE.shape[-1]:
-            return None
-        return Shares.of(self.metrics.index.to_numpy(), self.shares_n2LE)
-
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of the logged steps that have a metric; both empty where none has."""
         if name not in self.metrics:
@@ -148,6 +146,14 @@ class Record:
         """(step, lowest val/loss)."""
         steps, values = self.series("val/loss")
         return (int(steps[values.argmin()]), float(values.min())) if len(steps) else None
+
+
+def _rows(store: RunStore, branch: int) -> tuple[Steps, Shares | None, np.ndarray]:
+    """A branch's rows without shares, their shares, and the newest ones of every layer; more may be coming in."""
+    shares = Shares.read(store, branch) if store.read_steps(branch, limit=1).shares.shape[-1] else None
+    rows = store.read_steps(branch, shares=False, limit=STEP_MAX if shares is None else len(shares.steps_n))
+    since = int(rows.steps[-WINDOW - 1]) if len(rows) > WINDOW else 0
+    return rows, shares, store.read_steps(branch, since, limit=WINDOW).shares
 
 
 def _whole(said):

@@ -19,7 +19,7 @@ ALTS = {"loss": "Train and validation loss over steps", "experts": "Each expert'
 
 def draw(record: Record) -> dict[str, go.Figure]:
     """Every figure that the run has data for: experts, loss, router, load, biases, gradient, utilisation, layers."""
-    metrics, shares, marks, others = record.metrics, record.shares(), record.marks, record.others
+    metrics, shares, marks, others = record.metrics, record.shares, record.marks, record.others
     drawn = {}
     if shares is not None:
         drawn["experts"] = charts.expert_lines(shares, top_k=record.top_k)

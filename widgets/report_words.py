@@ -161,9 +161,8 @@ def _balance(record: Record) -> list[str]:
     if len(worst):
         k = int(worst.argmax())
         said.append(f"The most that one expert of one layer took in any step was {worst[k]:.1%}, at step {at[k]}.")
-    shares = record.shares_n2LE
-    if shares.shape[-1]:
-        served_E = np.nanmean(shares[-n:, 1], axis=(0, 1))
+    if record.shares is not None:
+        served_E = np.nanmean(record.newest_n2LE[-n:, 1], axis=(0, 1))
         said.append(f"Served shares of the experts, means over layers and the last {n} steps, lie between "
                     f"{served_E.min():.1%} (expert {served_E.argmin()}) and {served_E.max():.1%} "
                     f"(expert {served_E.argmax()}).")
@@ -196,7 +195,7 @@ def _specialisation(record: Record) -> list[str]:
     if len(top):
         said.append(f"The winner's mean probability went from {number(top[:n].mean(), 3)} to "
                     f"{number(top[-n:].mean(), 3)}; uniform is {number(1 / record.n_experts, 3)}.")
-    by_layer = {layer: values[-n:].mean() for layer in range(record.shares_n2LE.shape[2])
+    by_layer = {layer: values[-n:].mean() for layer in range(record.newest_n2LE.shape[2])
                 if len(values := record.series(f"router/entropy_mean/layer_{layer}")[1])}
     if len(by_layer) > 1:
         sharp, flat = min(by_layer, key=by_layer.get), max(by_layer, key=by_layer.get)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from moe_core.store import RunStore
+
 POINTS = 1000  # most points of one drawn line
 
 
@@ -48,8 +50,8 @@ def within(steps: np.ndarray, window: tuple[float, float] | None) -> slice:
 class Shares:
     """Every expert's share of the assignments: over steps for one layer selection, at the end in all layers.
 
-    ``steps_n`` int64; ``demand_nE`` and ``served_nE`` float32; ``now_2LE`` float32, demand and served of the
-    last step.
+    ``steps_n`` int64; ``demand_nE`` and ``served_nE`` float32, each expert's steps beside each other, as lines are
+    drawn; ``now_2LE`` float32, demand and served of the last step.
     """
 
     steps_n: np.ndarray
@@ -61,8 +63,14 @@ class Shares:
     def of(cls, steps_n: np.ndarray, shares_n2LE: np.ndarray, layer: int | None = None) -> Shares:
         """From the arrays that a store reads: shares float32 [n, 2, L, E], demand and served."""
         chosen_n2E = shares_n2LE.mean(2) if layer is None else shares_n2LE[:, :, layer]
-        now_2LE = shares_n2LE[-1] if len(steps_n) else np.full(shares_n2LE.shape[1:], np.nan, np.float32)
-        return cls(np.asarray(steps_n), chosen_n2E[:, 0], chosen_n2E[:, 1], now_2LE)
+        now_2LE = shares_n2LE[-1].copy() if len(steps_n) else np.full(shares_n2LE.shape[1:], np.nan, np.float32)
+        return cls(np.asarray(steps_n), *(np.asfortranarray(chosen_n2E[:, k]) for k in (0, 1)), now_2LE)
+
+    @classmethod
+    def read(cls, store: RunStore, branch: int, layer: int | None = None) -> Shares:
+        """From a run's store, all rows that a branch (an id) shows."""
+        first, *others = (cls.of(part.steps, part.shares, layer) for part in store.read_parts(branch))
+        return first.extended(*others)
 
     @classmethod
     def from_frame(cls, experts: pd.DataFrame, layer: int | None = None) -> Shares:
@@ -87,7 +95,12 @@ class Shares:
         """Some of these steps; what is at the last of all stays."""
         return Shares(self.steps_n[part], self.demand_nE[part], self.served_nE[part], self.now_2LE)
 
-    def extended(self, newer: Shares) -> Shares:
+    def extended(self, *newer: Shares) -> Shares:
         """These steps, then ``newer`` ones of the same layer selection."""
-        return Shares(*(np.concatenate([getattr(self, name), getattr(newer, name)])
-                        for name in ("steps_n", "demand_nE", "served_nE")), newer.now_2LE)
+        parts = (self, *newer)
+        steps_n = np.concatenate([part.steps_n for part in parts])
+
+        def joined(name: str) -> np.ndarray:
+            out_En = np.empty((self.n_experts, len(steps_n)), np.float32)
+            return np.concatenate([getattr(part, name) for part in parts], out=out_En.T)
+        return Shares(steps_n, joined("demand_nE"), joined("served_nE"), parts[-1].now_2LE)

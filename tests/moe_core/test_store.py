@@ -122,8 +122,10 @@ def test_a_row_that_cannot_be_is_refused_and_changes_nothing(store, row, words):
     assert store.read_steps(2, since=4).values.tolist() == [[math.inf]]  # what float32 rounds it to
 
 
-def test_a_branch_shows_its_ancestors_up_to_each_fork(store, rng):
-    """In random trees, rows, events, last_step and the lineage view follow the recursive definition."""
+def test_a_branch_shows_its_ancestors_up_to_each_fork(store, rng, monkeypatch):
+    """In random trees, rows (also part by part), events, last_step and the lineage view follow the recursive definition.
+    """
+    monkeypatch.setattr("moe_core.store.PART", 3)
     fork, rows, notes = {1: (None, 0)}, {1: {}}, {1: []}
 
     def shown(branch, of, step):
@@ -156,6 +158,10 @@ def test_a_branch_shows_its_ancestors_up_to_each_fork(store, rng):
             assert list(zip(got.steps, values, owners, strict=True)) == expected
             middle = expected[len(expected) // 2][0] if expected else 0
             assert store.read_steps(branch, middle).steps.tolist() == [s for s, *_ in expected if s > middle]
+            parts = list(store.read_parts(branch, middle))
+            assert all(len(part) <= 3 for part in parts)
+            assert [(s, v) for part in parts for s, v in zip(part.steps, part.column("branch"), strict=True)] == [
+                (s, owner) for s, _, owner in expected if s > middle]
             assert store.last_step(branch) == max((step for step, *_ in expected), default=0)
             assert [(e["step"], e["id"]) for e in store.read_events(branch)] == sorted(
                 shown(branch, notes, lambda note: note[0]))

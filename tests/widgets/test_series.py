@@ -2,6 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_core.store import MAIN, RunStore
+from widgets.record import Record
 from widgets.series import Shares, thin
 
 
@@ -56,3 +58,28 @@ def test_shares_are_the_same_from_a_frame_in_any_order_and_from_arrays(rng):
     np.testing.assert_allclose(Shares.of(np.arange(5), shares, None).served_nE, shares[:, 1].mean(1), rtol=1e-6)
     with pytest.raises(ValueError, match="59 rows for 5 steps"):
         Shares.from_frame(frame.iloc[1:])
+
+
+def test_the_shares_of_a_long_run_are_never_in_memory_whole(rng, tmp_path, monkeypatch):
+    """A store of 130 steps read 7 at a time, and written up: the same shares as of one read, each line contiguous."""
+    shares = rng.random((130, 2, 3, 4)).astype(np.float32)
+    with RunStore.create(tmp_path / "run", {"imported": True}) as store:
+        for step, one in enumerate(shares, 1):
+            store.log_step(MAIN, step, 0.0, {"train/loss": 1.0}, one)
+        read = RunStore.read_steps
+
+        def watched(*args, **how):
+            part = read(*args, **how)
+            assert len(part) <= 50 or not part.shares.size
+            return part
+        monkeypatch.setattr("moe_core.store.PART", 7)
+        monkeypatch.setattr(RunStore, "read_steps", watched)
+        for layer in (None, 2):
+            of_parts, of_all = Shares.read(store, MAIN, layer), Shares.of(np.arange(1, 131), shares, layer)
+            for name in ("steps_n", "demand_nE", "served_nE", "now_2LE"):
+                np.testing.assert_array_equal(getattr(of_parts, name), getattr(of_all, name))
+            for later in (of_parts, of_all, of_all.extended(of_parts.cut(slice(1)))):
+                assert all(line.flags.c_contiguous for line in (*later.demand_nE.T, *later.served_nE.T))
+        record = Record.read(store, told=False)
+    np.testing.assert_array_equal(record.shares.served_nE, shares[:, 1].mean(1))
+    np.testing.assert_array_equal(record.newest_n2LE, shares[-50:])
