@@ -123,8 +123,7 @@ def test_a_row_that_cannot_be_is_refused_and_changes_nothing(store, row, words):
 
 
 def test_a_branch_shows_its_ancestors_up_to_each_fork(store, rng, monkeypatch):
-    """In random trees, rows (also part by part), events, last_step and the lineage view follow the recursive definition.
-    """
+    """In random trees, rows (also in parts), events, last_step and the lineage view follow the recursive definition."""
     monkeypatch.setattr("moe_core.store.PART", 3)
     fork, rows, notes = {1: (None, 0)}, {1: {}}, {1: []}
 
