@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 # How often something of what is tested together may stand out by chance. In simulations of noise with phi up to 0.98
 # and w up to 0.8, windows of 20 to 50 steps before and after a turn, it was 0.1 to 1.3 times this (1.4 at a thirtieth
@@ -23,6 +24,7 @@ LEVEL = 0.0375
 WIDER = 1.1  # of the errors; without it, the most was 1.8 times the level
 PHI = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98)
 FAST = (0.0, 0.3, 0.6, 0.8)  # w
+MANY = 400  # degrees of freedom from which Wallace's (1959) normal deviate is off by less than 2e-7
 RESOLUTION = 1e-6  # metrics are kept as float32: what is smaller than this part of a value is no noise
 
 
@@ -72,15 +74,11 @@ def regress(steps_n: np.ndarray, values_nM: np.ndarray, design_nC: np.ndarray, c
     """
     n, n_columns = design_nC.shape
     df = n - n_columns - 2  # two more for phi and w
-    apart_nn = np.abs(np.subtract.outer(steps_n, steps_n)).astype(float)
     floor_M = n * (RESOLUTION * np.abs(values_nM).max(0)) ** 2 + 1e-300
     found, error, likely, priors, worth = [], [], [], [], []
     memories = [phi for phi in PHI if phi < longest] + [longest]
     for phi, fast in [(0.0, 0.0), *((phi, fast) for phi in memories for fast in FAST)]:
-        cover_nn = (1 - fast) * phi ** apart_nn if phi else np.zeros((n, n))
-        np.fill_diagonal(cover_nn, 1.0)
-        root_nn = np.linalg.cholesky(cover_nn)
-        white = np.linalg.solve(root_nn, np.concatenate([design_nC, values_nM], 1))
+        white, root_n, independent = whitened(steps_n, np.concatenate([design_nC, values_nM], 1), phi, fast)
         q_nC, r_CC = np.linalg.qr(white[:, :n_columns])
         fitted_CM = q_nC.T @ white[:, n_columns:]
         rest_M = np.maximum(((white[:, n_columns:] - q_nC @ fitted_CM) ** 2).sum(0), floor_M)
@@ -88,13 +86,34 @@ def regress(steps_n: np.ndarray, values_nM: np.ndarray, design_nC: np.ndarray, c
         found.append(way_C @ fitted_CM)
         error.append(WIDER * np.sqrt(rest_M / df * (way_C @ way_C)))
         priors.append((1 + 8 * phi**4) * (1 + 3 * fast * phi))
-        likely.append(-np.log(np.diag(root_nn)).sum() - np.log(np.abs(np.diag(r_CC))).sum()
+        likely.append(-np.log(root_n).sum() - np.log(np.abs(np.diag(r_CC))).sum()
                       - (n - n_columns) / 2 * np.log(rest_M))
-        worth.append(n**2 / cover_nn.sum())
+        worth.append(independent)
     found, error, likely = np.array(found), np.array(error), np.array(likely)
     weights = np.array(priors)[:, None] * np.exp(likely - likely.max(0))
     weights /= weights.sum(0)
     return Estimate((weights * found).sum(0), np.array(worth)[likely.argmax(0)], found, error, weights, df)
+
+
+def whitened(steps_n: np.ndarray, values_nM: np.ndarray, phi: float,
+             fast: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """(values with the noise of each row made independent and of unit variance [n, M], what that divided each row by
+    [n], how many independent values have as sure a mean).
+
+    A Kalman filter: what the Cholesky root of the covariance gives, in time that grows with n and not with its cube.
+    """
+    n, echo, total = len(steps_n), 0.0, 0.0
+    kept_n = float(phi) ** np.diff(steps_n, append=steps_n[-1])  # of the slow part, on the way to the next row
+    root_n, gain_n, unknown = np.empty(n), np.empty(n), 1 - fast  # variance of the slow part, by the rows before
+    for k, kept in enumerate(kept_n.tolist()):
+        root_n[k], gain_n[k] = (unknown + fast) ** 0.5, unknown / (unknown + fast)
+        unknown = kept**2 * gain_n[k] * fast + (1 - fast) * (1 - kept**2)
+        total += 1 + 2 * (1 - fast) * echo  # the covariances of this row with those before it, and its variance
+        echo = kept * (echo + 1)
+    expected_nM, seen_nM = np.zeros_like(values_nM), (kept_n * gain_n)[:, None] * values_nM
+    for k, left in enumerate((kept_n * (1 - gain_n))[:-1].tolist()):
+        expected_nM[k + 1] = left * expected_nM[k] + seen_nM[k]
+    return (values_nM - expected_nM) / root_n[:, None], root_n, n**2 / total
 
 
 def tail(t: np.ndarray, df: int) -> np.ndarray:
@@ -105,6 +124,9 @@ def tail(t: np.ndarray, df: int) -> np.ndarray:
 
 def two_sided(t: np.ndarray, df: int) -> np.ndarray:
     """The chance of a Student t beyond +-t, for a whole number of degrees of freedom (Abramowitz & Stegun 26.7.3-4)."""
+    if df > MANY:
+        z = (8 * df + 1) / (8 * df + 3) * np.sqrt(df * np.log1p(np.square(t) / df))
+        return torch.erfc(torch.from_numpy(z / np.sqrt(2))).numpy()
     angle = np.arctan(np.abs(t) / np.sqrt(df))
     square, odd = np.cos(angle) ** 2, df % 2
     term = np.cos(angle) if odd else np.ones_like(angle)

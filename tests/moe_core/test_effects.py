@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moe_core.effects import LONGEST, design_of_pair, design_of_turn, effects
-from moe_core.noise import LEVEL, Estimate, holm, regress, two_sided
+from moe_core.noise import LEVEL, MANY, Estimate, holm, regress, two_sided, whitened
 from moe_core.store import MAIN, RunStore
 
 
@@ -85,6 +85,21 @@ def test_an_interval_leaves_out_0_exactly_where_its_test_stands_out():
     assert not stands_out
 
 
+def test_the_filter_whitens_as_the_root_of_the_covariance_does():
+    """Steps with gaps, any memory and fast part: the same rows, the same determinant, the same sum of covariances."""
+    rng = np.random.default_rng()
+    steps = np.sort(rng.choice(400, 150, replace=False))
+    values = rng.normal(size=(150, 3)).cumsum(0) + 50
+    apart = np.abs(np.subtract.outer(steps, steps))
+    for phi, fast in [(0.0, 0.0), *rng.uniform(0, 0.98, (20, 2)).tolist(), (0.98, 0.0)]:
+        cover = (1 - fast) * phi**apart + fast * np.eye(150)
+        root = np.linalg.cholesky(cover)
+        white, scale, independent = whitened(steps, values, phi, fast)
+        np.testing.assert_allclose(white, np.linalg.solve(root, values), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(scale, np.diag(root), rtol=1e-9)
+        assert independent == pytest.approx(150**2 / cover.sum())
+
+
 def test_memory_leaves_fewer_independent_values():
     """100 values of white noise are worth 100, those of an AR(1) with phi 0.9 about 100 * 0.1 / 1.9."""
     rng, steps = np.random.default_rng(), np.arange(1, 101)
@@ -136,6 +151,15 @@ def test_two_branches_are_compared_step_by_step(tiny_run):
     table = run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25).effects()
     aux = table.set_index("metric").loc["router/aux_mean"]
     assert aux["stands_out"] and aux["low"] > 0 and aux["b"] > aux["a"]
+
+
+def test_many_degrees_of_freedom_are_told_as_by_their_sum(monkeypatch):
+    """The normal deviate that stands for the sum from 400 degrees of freedom on is within 2e-7 of it."""
+    rng = np.random.default_rng()
+    t, df = rng.uniform(-8, 8, 1000), MANY + int(rng.integers(1, 200))
+    quick = two_sided(t, df)
+    monkeypatch.setattr("moe_core.noise.MANY", df)
+    assert 0 < np.abs(quick - two_sided(t, df)).max() < 2e-7
 
 
 @pytest.mark.parametrize("t, df, p", [(2.228139, 10, 0.05), (12.706205, 1, 0.05), (4.032143, 5, 0.01),
