@@ -108,7 +108,8 @@ class _Combine(torch.autograd.Function):
         parts_TKD = rows_MD.index_select(0, order.place_N).to(weights_TK.dtype).unflatten(0, weights_TK.shape)
         parts_TKD = parts_TKD.mul_(weights_TK.unsqueeze(-1))
         y_TD = parts_TKD.squeeze(1) if parts_TKD.shape[1] == 1 else parts_TKD.sum(1)
-        return y_TD.to(rows_MD.dtype)
+        # torch 2.11, compiling, makes the gradients 0 where a function like this returns a conversion to the same type.
+        return y_TD if y_TD.dtype == rows_MD.dtype else y_TD.to(rows_MD.dtype)
 
     @staticmethod
     @once_differentiable
