@@ -39,8 +39,10 @@ NURSERY = """
                 run.rewind(rng.randint(0, run.current_step))
 
     mc.Run.create(path, mc.RunConfig.from_dict(config), say=lambda line: None).close()
+    longest = None  # seconds that a child may live: a few times what the first one needs to begin
     for moment in range(moments):
         read, said = os.pipe()
+        began = time.monotonic()
         child = os.fork()
         if not child:
             os.close(read)
@@ -53,11 +55,13 @@ NURSERY = """
                 os.write(said, b"ended by itself\\n")
                 os._exit(1)
         os.close(said)
-        time.sleep(rng.uniform(0.0, 0.5))
+        first = "" if longest else os.read(read, 8).decode()
+        longest = longest or 4 * (time.monotonic() - began)
+        time.sleep(rng.uniform(0.0, longest))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(read) as lines:
-            print(json.dumps(lines.read().splitlines()), flush=True)
+            print(json.dumps((first + lines.read()).splitlines()), flush=True)
 """
 
 
