@@ -3,7 +3,8 @@
 One thread writes the figure. It reads the run's store, so training does not know of it; it sends the newest
 state and forgets the rest; it keeps one update in flight, and the browser's answer to an update, which plotly
 gives when it has drawn, says what drawing costs. The interval follows: drawing takes less than a tenth of the
-time. Where nobody answers, nobody looks, and almost nothing is sent.
+time, and to make the update, which a long run makes dear, a small part of this process'. Where nobody answers,
+nobody looks, and almost nothing is sent.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from widgets.panel_widget import PanelFigure
 
 TICK = 0.25  # seconds between two looks at the run
 DRAWING_SHARE = 0.08  # of the time may go into drawing; painting, which follows an answer, is not in it
+OWN_SHARE = 0.03  # of the time may go into making updates, in the process that may be training
 FIRST, SHORTEST, LONGEST = 1.0, 0.25, 30.0  # seconds between two updates while a browser answers
 PATIENCE = 2.0  # seconds until an update counts as unanswered, twice as many after each further one
 RARELY = 30.0  # seconds between two updates when none was answered for long
@@ -49,6 +51,7 @@ class Live:
         self.figure = PanelFigure(self._traces, self._layout | {"template": "none"}, self._on_drawn, self._on_zoomed)
         self.interval = FIRST  # seconds between two updates
         self._took: deque[float] = deque(maxlen=5)  # seconds from an update to its answer
+        self._own = 0.0  # seconds that the last update took to make
         self._sent_at, self._waiting, self._unanswered = 0.0, set(), 0  # waiting: edit ids without an answer
         self._stale, self._kept = False, True  # there is something to show; a new page gets what is shown
         self._expected = 0  # answers that may come of a view that is being made
@@ -156,6 +159,7 @@ class Live:
 
     def _send(self, again: bool) -> None:
         """Bring the figure up to date, and the browser: with what is new, or ``again`` with all of it."""
+        started = time.thread_time()
         traces, layout = self._parts()
         figure = self.figure
         with figure.guard:
@@ -173,6 +177,7 @@ class Live:
                 figure.send_whole()
             self._traces, self._layout = traces, layout
             self._waiting.update(range(before + 1, figure._last_trace_edit_id + 1))
+            self._own = time.thread_time() - started
 
     def _on_drawn(self, edit_id: int) -> None:
         """The browser has drawn. Called on the kernel's thread for messages, under the figure's guard."""
@@ -186,7 +191,7 @@ class Live:
             self._waiting.clear()
             if not self._warming:  # a page's first drawing takes several times as long as the next ones
                 self._took.append(time.perf_counter() - self._sent_at)
-                self.interval = min(max(self.drawing / DRAWING_SHARE, SHORTEST), LONGEST)
+                self.interval = min(max(self.drawing / DRAWING_SHARE, self._own / OWN_SHARE, SHORTEST), LONGEST)
             self._warming = False
         self._unanswered = 0
 

@@ -28,6 +28,7 @@ SYMBOLS = {"knob": "diamond", "note": "circle", "branch": "triangle-up", "checkp
 WRONG = "x"
 UNMARKED = ("mirror", "imported")  # housekeeping: the log has it
 KEY = "Marks on the step axis: ◆ knob turned, ● note, ▲ new branch, ■ checkpoint, ▼ alarm, ✕ went wrong"
+FEW = 40  # marks whose lines are drawn in full color
 WRAP, LINES, MOST = 56, 5, 6  # characters a line of hover text, lines of one event, events that are told of a mark
 
 
@@ -57,15 +58,19 @@ class Marks:
             tuple("<br>".join([f"<b>step {step}</b>", *_told(at[step])]) for step in steps))
 
     def trace(self, color: str) -> dict:
-        """One scatter trace over a y axis from 0 to 1: each mark at the bottom, a thin line up from it."""
+        """One scatter trace over a y axis from 0 to 1: each mark at the bottom, a thin line up from it.
+
+        ``color``: #rrggbb. The lines of many marks are paler: they would hide what stands behind them.
+        """
         n = len(self.steps)
+        pale = f"{color}{round(255 * min(1, max(FEW / max(n, 1), 0.15))):02x}"
         x, y = np.full((n, 3), np.nan, np.float32), np.tile(np.array([0, 1, np.nan], np.float32), (n, 1))
         x[:, :2] = np.array(self.steps, np.float32).reshape(n, 1)
         return {
             "type": "scatter", "mode": "lines+markers", "x": x.ravel(), "y": y.ravel(),
             "text": [part for text in self.texts for part in (text, text, "")],
             "hovertemplate": "%{text}<extra></extra>", "cliponaxis": False, "showlegend": False,
-            "line": {"color": color, "width": 1, "dash": "dot"},
+            "line": {"color": pale, "width": 1, "dash": "dot"},
             "marker": {"color": color, "size": 8, "opacity": [1, 0, 0] * n,
                        "symbol": [symbol for symbol in self.symbols for _ in range(3)]}}
 

@@ -20,8 +20,8 @@ from traitlets import Dict, observe
 
 from widgets.figures import NOT_OFFERED
 
-# What grows in a trace.
-MOVING = ("x", "y", "z", "customdata", "text", "mode", "marker.symbol", "marker.opacity")
+# What changes in a trace as a run grows.
+MOVING = ("x", "y", "z", "customdata", "text", "mode", "line.color", "marker.symbol", "marker.opacity")
 
 # Plotly's view listens to its model for good. After its cell is run again the first view, gone from the page,
 # still hears of each update, fails in drawing it, and keeps the view that took its place from hearing of it.

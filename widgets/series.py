@@ -22,20 +22,21 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = POINTS) -> tuple[np.ndarray,
     keeps the points it showed until their number doubles, and a spike of one step is drawn at its step and
     height. NaN counts as absent: it never hides a number.
     """
-    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    x, y = np.asarray(x), np.asarray(y, np.float32)
     n = len(x)
     if n <= limit:
-        return x, y
+        return x.astype(np.float32), y
     width = 2
     while 2 * -(-n // width) + 1 > limit:
         width *= 2
     buckets = np.pad(y, (0, -n % width), constant_values=np.nan).reshape(-1, width)
-    absent = np.isnan(buckets)
-    first = np.arange(len(buckets)) * width
-    low = first + np.where(absent, np.inf, buckets).argmin(1)
-    high = first + np.where(absent, -np.inf, buckets).argmax(1)
-    kept = np.unique(np.concatenate([low, high, [n - 1]]))
-    return x[kept], y[kept]
+    first, low, high = np.arange(len(buckets)) * width, buckets.argmin(1), buckets.argmax(1)
+    gaps = np.flatnonzero(np.isnan(buckets.ravel()[first + low]))  # a NaN is what both find, where there is one
+    absent = np.isnan(buckets[gaps])
+    low[gaps] = np.where(absent, np.inf, buckets[gaps]).argmin(1)
+    high[gaps] = np.where(absent, -np.inf, buckets[gaps]).argmax(1)
+    kept = np.unique(np.concatenate([first + low, first + high, [n - 1]]))
+    return x[kept].astype(np.float32), y[kept]
 
 
 def within(steps: np.ndarray, window: tuple[float, float] | None) -> slice:

@@ -1,7 +1,8 @@
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
-from widgets.marks import LINES, MOST, Marks, say
+from widgets.marks import FEW, LINES, MOST, Marks, say
 
 
 def events(*rows):
@@ -35,10 +36,17 @@ def test_each_step_has_one_mark_that_says_all_of_it():
     assert marks.steps == (4, 9, 12)
     assert marks.symbols == ("diamond", "circle", "x")
     assert marks.texts[0] == "<b>step 4</b><br>Note: first<br>Gradient clip: held at 0.5"
-    trace = marks.trace("#000")
+    trace = marks.trace("#000000")
     at_bottom = trace["y"] == 0
     assert trace["x"][at_bottom].tolist() == [4, 9, 12]
     assert [trace["text"][i] for i in at_bottom.nonzero()[0]] == list(marks.texts)
+
+
+def test_the_lines_of_many_marks_are_pale_and_the_marks_are_not():
+    for n, alpha in ((0, 255), (FEW, 255), (2 * FEW, 128), (100 * FEW, 38)):
+        trace = Marks(tuple(range(n)), ("circle",) * n, ("",) * n).trace("#9467bd")
+        assert (trace["line"]["color"], trace["marker"]["color"]) == (f"#9467bd{alpha:02x}", "#9467bd")
+        go.Scatter(trace)  # which plotly takes
 
 
 def test_a_turn_whose_knob_is_turned_again_before_its_step_is_marked_superseded():

@@ -10,7 +10,7 @@ from ipywidgets.widgets.widget import _instances
 
 import moe_core as mc
 from widgets import Workbench, panel_figure
-from widgets.live import DRAWING_SHARE, LIVE_POINTS, TRIES, Live
+from widgets.live import DRAWING_SHARE, LIVE_POINTS, OWN_SHARE, TRIES, Live
 from widgets.panel_widget import PanelFigure
 
 
@@ -222,7 +222,7 @@ def test_an_error_of_the_panels_own_thread_is_shown_and_survived(tiny_run, bench
 
 
 def test_the_interval_follows_what_drawing_costs(tiny_run):
-    """Long enough between updates for what the browser needs for one; one in flight; none lost."""
+    """Long enough between updates for what the browser, and this process, need for one; one in flight; none lost."""
     run = tiny_run()
     live = Live(run)  # driven by hand: its thread is not started
     live.expect()  # a page is loaded
@@ -246,6 +246,12 @@ def test_the_interval_follows_what_drawing_costs(tiny_run):
         assert live.interval > 10 * live.drawing
         live._update()
         assert live.figure._last_trace_edit_id == sent  # drawn, but the next is not due
+        live._sent_at -= 100
+        assert soon(lambda: run.current_step > live._feed.last_step)
+        live._update()
+        live._own = 0.3  # of a run so long that to make an update costs more than to draw it
+        answer(live)
+        assert live.interval == pytest.approx(0.3 / OWN_SHARE)
     finally:
         run.session.close()
 
