@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,9 @@ def export(run_path: str | os.PathLike, out: str | os.PathLike, branch: str | No
         _need("pyarrow", out)
     with RunStore.open(run_path) as store:
         line = _line(store, branch)
-        make = {"metrics": lambda: _metrics(store, line, per_layer),
-                "shares": lambda: frames.experts(store, line, 0),
-                "events": lambda: _events(store, line)}
+        make = {"metrics": lambda: [_metrics(store, line, per_layer)],
+                "shares": lambda: (frames.experts_of([part]) for part in store.read_parts(line)),
+                "events": lambda: [_events(store, line)]}
         if single:
             _write(make[table](), out)
         else:
@@ -105,18 +106,30 @@ def _events(store: RunStore, line: int):
     return frame
 
 
-def _write(frame, path: Path) -> None:
-    indexed = frame.index.name is not None
+def _write(parts: Iterable, path: Path) -> None:
+    """One table, which comes as frames of the same columns: all shares of a long run are more than memory holds."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".csv":
-            frame.to_csv(draft, index=indexed, encoding="utf-8")
+            for k, frame in enumerate(parts):
+                frame.to_csv(draft, mode="a", header=k == 0, index=frame.index.name is not None, encoding="utf-8")
         else:
-            frame.to_parquet(draft, index=indexed, engine="pyarrow")
+            _write_parquet(parts, draft)
         os.replace(draft, path)
     except OSError as error:
         raise ExportError(f"{path}: not written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def _write_parquet(parts: Iterable, draft: Path) -> None:
+    from pyarrow import Table, parquet
+
+    with contextlib.ExitStack() as stack:
+        file = None
+        for frame in parts:
+            table = Table.from_pandas(frame, preserve_index=frame.index.name is not None)
+            file = file or stack.enter_context(parquet.ParquetWriter(draft, table.schema))
+            file.write_table(table)

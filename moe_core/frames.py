@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from moe_core.checked import is_integer, plain
-from moe_core.store import RunStore
+from moe_core.store import RunStore, Steps
 
 _SAID = ["step", "kind", "asked", "applied", "branch", "name", "mode", "value", "over", "text"]
 
@@ -21,15 +23,21 @@ def metrics(store: RunStore, branch: int, since: int, per_layer: bool):
 
 def experts(store: RunStore, branch: int, since: int):
     """One row for every step, layer and expert: step, layer, expert, demand, served."""
+    return experts_of(list(store.read_parts(branch, _after(since))))
+
+
+def experts_of(parts: Sequence[Steps]):
+    """:func:`experts` of these rows, one part after the other."""
     import pandas as pd
 
-    rows = store.read_steps(branch, _after(since))
-    n, _, n_layer, n_experts = rows.shares.shape
+    n_layer, n_experts = parts[-1].shares.shape[2:]
+    steps = np.concatenate([part.steps for part in parts])
+    demand, served = (np.concatenate([part.shares[:, k].reshape(-1) for part in parts]) for k in (0, 1))
     return pd.DataFrame({
-        "step": np.repeat(rows.steps, n_layer * n_experts),
-        "layer": np.tile(np.repeat(np.arange(n_layer), n_experts), n),
-        "expert": np.tile(np.arange(n_experts), n * n_layer),
-        "demand": rows.shares[:, 0].reshape(-1), "served": rows.shares[:, 1].reshape(-1)})
+        "step": np.repeat(steps, n_layer * n_experts),
+        "layer": np.tile(np.repeat(np.arange(n_layer), n_experts), len(steps)),
+        "expert": np.tile(np.arange(n_experts), len(steps) * n_layer),
+        "demand": demand, "served": served}, copy=False)  # of a long run a copy may be more than there is memory for
 
 
 def _after(since: int) -> int:

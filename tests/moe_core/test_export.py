@@ -9,6 +9,7 @@ import pytest
 
 import moe_core as mc
 from moe_core.export import ExportError, export
+from moe_core.store import RunStore
 
 READ = {".csv": lambda file: pd.read_csv(file, index_col="step"), ".parquet": pd.read_parquet}
 
@@ -33,14 +34,19 @@ def test_a_table_of_metrics_is_the_store_to_the_last_digit(tiny_run, tmp_path, s
 
 
 @pytest.mark.parametrize("suffix", READ)
-def test_a_folder_holds_all_three_tables(tiny_run, tmp_path, suffix):
-    """Shares of every expert, and events whose payload comes back whole, whatever a note says."""
+def test_a_folder_holds_all_three_tables(tiny_run, tmp_path, suffix, monkeypatch):
+    """Shares of every expert, two steps in memory at a time; events whose payload comes back, whatever a note says."""
     hostile = 'a,"b"\n<script>;\t✓ ' + "'"
     run = tiny_run()
     run.knobs["router_temp"].hold(1.25)
     run.note(hostile)
     run.step(3)
-    export(run.path, tmp_path / "all", suffix=suffix)
+    monkeypatch.setattr("moe_core.store.PART", 2)
+    rows, read_steps = [], RunStore.read_steps
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "read_steps", lambda *args, **how: (rows.append(read_steps(*args, **how)), rows[-1])[1])
+        export(run.path, tmp_path / "all", suffix=suffix)
+    assert max(len(part) for part in rows if part.shares.size) == 2
     assert sorted(file.name for file in (tmp_path / "all").iterdir()) == [
         f"{table}{suffix}" for table in ("events", "metrics", "shares")]
     read = pd.read_csv if suffix == ".csv" else pd.read_parquet
