@@ -33,14 +33,15 @@ class Feed:
 
     def select(self, layer: int | None) -> None:
         """Show another layer, None for the mean of all, from the next refresh on."""
-        self.layer = layer
+        self.layer, self._biases = layer, []
         names = NAMES + (ROUTER_NAMES if self._n_experts else ())
         if layer is not None and self._n_experts:
             names += tuple(f"{name}/layer_{layer}" for name in ROUTER_NAMES if name.endswith("_mean"))
         model, router = self._run.config.model, self._run.config.router
         names += ("train/mtp",) if model.n_mtp else ()
         if self._n_experts and router.uses_bias:
-            names += ("router/bias_max", *bias_names(self._n_experts, model.n_moe_layer, layer))
+            names += ("router/bias_max",)
+            self._biases = bias_names(self._n_experts, model.n_moe_layer, layer)
         self._names, self._branch = names, None
 
     def refresh(self) -> bool:
@@ -67,9 +68,14 @@ class Feed:
 
     def _shown(self, part: Steps) -> tuple[pd.DataFrame, Shares | None]:
         """What the charts show of these steps."""
-        columns = np.stack([part.column(name) for name in self._names]).T
+        columns, names = np.stack([part.column(name) for name in self._names]), [*self._names]
+        if self._biases:  # their mean over layers here: a line is drawn of each expert, not of each layer too
+            biases_ELn = np.stack([part.column(name) for name in self._biases]).reshape(self._n_experts, -1, len(part))
+            columns = np.concatenate([columns, biases_ELn.mean(1)])
+            of = "mean" if self.layer is None else f"layer_{self.layer}"
+            names += [f"router/bias_e{expert}/{of}" for expert in range(self._n_experts)]
         shares = None if self.shares is None else Shares.of(part.steps, part.shares, self.layer)
-        return pd.DataFrame(columns, columns=self._names, index=pd.Index(part.steps, name="step")), shares
+        return pd.DataFrame(columns.T, columns=names, index=pd.Index(part.steps, name="step")), shares
 
     def _reset(self, branch: str) -> None:
         self._branch_id = {b.name: b.id for b in self._run.store.branches()}[branch]

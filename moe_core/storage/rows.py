@@ -5,6 +5,7 @@ L layers, E experts, n rows.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -59,9 +60,13 @@ class Steps:
 
     def column(self, name: str) -> np.ndarray:
         """float32 [n] of one metric; all NaN where none of these rows has it."""
-        if name not in self.names:
+        if name not in self._places:
             return np.full(len(self), np.nan, np.float32)
-        return self.values[:, self.names.index(name)]
+        return self.values[:, self._places[name]]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
 
 
 def pack_metrics(floats: struct.Struct, metrics: Mapping[str, float]) -> bytes:

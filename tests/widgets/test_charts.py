@@ -240,6 +240,7 @@ def test_the_balance_bias_of_each_expert_is_charted_where_one_balances(tiny_run,
     feed = Feed(run)
     feed.select(layer)
     feed.refresh()
+    assert sum(name.startswith("router/bias_e") for name in feed.metrics) == 4  # one for each line, not for each layer
     live, _ = panel_parts(feed.metrics, feed.shares, feed.marks, layer)
     drawn = {trace["uid"]: trace for trace in live}
     for expert, color in enumerate(expert_colors(4)):
