@@ -16,8 +16,8 @@ import plotly.graph_objects as go
 
 from widgets import charts
 from widgets.charts import GAP, Chart, Others
+from widgets.feed import Feed
 from widgets.marks import Marks
-from widgets.others import other_branches
 from widgets.series import POINTS, Shares, within
 
 TEXT, GRID, RULE, MARK = "#808080", "rgba(128,128,128,0.2)", "rgba(128,128,128,0.75)", "#9467bd"
@@ -263,8 +263,8 @@ def _figure(traces: list[dict], layout: dict) -> go.Figure:
 
 def run_figure(run, layer: int | None = None, width: int = WIDTH) -> go.Figure:
     """The panel's figure of a run's current branch, with its other branches grey behind it."""
-    metrics = run.metrics(per_layer=True)
-    here = next(branch.id for branch in run.store.branches() if branch.name == run.branch)
-    shares = Shares.read(run.store, here, layer) if run.config.model.n_experts else None
-    return panel_figure(metrics, shares, run.events(), layer, width, top_k=run.config.router.top_k,
-                        others=other_branches(run.store, here, list(metrics)))
+    feed = Feed(run)
+    feed.select(layer)
+    feed.refresh()
+    return _figure(*panel_parts(feed.metrics, feed.shares, feed.marks, layer, width, others=feed.others,
+                                top_k=run.config.router.top_k))

@@ -23,6 +23,7 @@ from moe_core.provenance import META
 from moe_core.rules import WINDOW
 from moe_core.storage.schema import STEP_MAX
 from moe_core.store import MAIN, Branch, RunStore, Steps, StoreError
+from widgets.feed import NAMES, ROUTER_NAMES
 from widgets.marks import Marks
 from widgets.others import other_branches
 from widgets.series import Shares
@@ -95,7 +96,7 @@ class Record:
             findings=_findings(store, at, last, knobs, config, metrics), knobs=knobs,
             effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
             partings=tuple(_partings(store, at, branches)) if told else (),
-            elsewhere=_elsewhere(store, branches, events), others=other_branches(store, at, list(metrics)),
+            elsewhere=_elsewhere(store, branches, events), others=other_branches(store, at, NAMES + ROUTER_NAMES),
             fresh=not (path / origin.STATE).exists())
 
     @property

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from moe_core.face import Face
 from widgets import charts
 from widgets.feed import Feed
-from widgets.figures import run_figure
+from widgets.figures import panel_figure, run_figure
 from widgets.live import Live
 from widgets.others import MOST, POINTS, joined, other_branches
 
@@ -48,6 +49,26 @@ def test_both_lines_of_an_ab_are_on_the_charts(tiny_run):
     assert set(grey.text) == {both.branch_a, ""}
     order = [trace.uid for trace in fig.data]
     assert order.index("others-train-loss") < order.index("train-loss")  # behind it
+
+
+@pytest.mark.parametrize("layer", (None, 1))
+def test_a_runs_figure_is_that_of_its_frames_without_a_row_for_every_expert_of_every_step(tiny_run, layer, monkeypatch):
+    """The same figure as of run.metrics() and run.experts(), of which a night's run has a hundred million rows."""
+    run = tiny_run(balance="bias")
+    run.step(12)
+    run.rewind(5)
+    run.step(6)
+    run.note("so far")
+    metrics = run.metrics(per_layer=True)
+    others = other_branches(run.store, run._branch.id, [*metrics])
+    plain = panel_figure(metrics, run.experts(), run.events(), layer, others=others, top_k=run.config.router.top_k)
+    monkeypatch.delattr(Face, "experts")
+    of_run = run_figure(run, layer)
+    for ours, theirs in zip(of_run.data, plain.data, strict=True):
+        for axis in ("z",) if ours.type == "heatmap" else ("x", "y"):
+            np.testing.assert_allclose(*(np.array(trace[axis], float) for trace in (ours, theirs)), rtol=1e-5,
+                                       atol=1e-8, err_msg=ours.uid)
+    assert of_run.layout == plain.layout
 
 
 def test_grey_lines_are_bounded_in_number_and_points(tiny_run):
