@@ -10,6 +10,7 @@ import contextlib
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def near(path: str | os.PathLike) -> str:
 
 def typed(path: str | os.PathLike) -> str:
     """:func:`near`, as a shell takes it."""
-    return shlex.quote(near(path))
+    return subprocess.list2cmdline([near(path)]) if os.name == "nt" else shlex.quote(near(path))
 
 
 class TrainingError(RuntimeError):

@@ -1,5 +1,6 @@
 """``moe`` from a shell: real processes where a process matters, else main() in this one."""
 
+import os
 import re
 import shlex
 import signal
@@ -175,6 +176,15 @@ def test_several_optimizers_are_a_shoot_out(line, tmp_path, monkeypatch, capsys)
     assert "=== Summary" in capsys.readouterr().out
     assert len((tmp_path / "duel.csv").read_text().splitlines()) == 3
     assert main(["ls", "duel"]) == 0 and capsys.readouterr().out.count("4/4") == 2
+
+
+def test_a_note_is_shown_where_the_output_cannot_hold_its_characters(tmp_path):
+    """As a code page of Windows cannot hold an arrow."""
+    with RunStore.create(tmp_path / "run", preset("nano").to_dict()) as store:
+        store.log_event(1, 0, "note", {"text": "1 → 2"})
+    done = subprocess.run([sys.executable, "-m", "moe_core", "show", tmp_path / "run"], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and r"note: 1 \u2192 2" in done.stdout, done.stderr
 
 
 def test_an_old_log_is_listed_beside_the_runs(tmp_path, monkeypatch, capsys):
