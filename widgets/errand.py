@@ -31,9 +31,9 @@ class Errand:
 
     def _go(self) -> None:
         try:
-            self.says.value = self._work()
+            said = self._work()
         except Exception as error:  # in a thread of its own nobody else would hear of it
-            self.says.value = '<span class="moe-error" role="alert">failed; see the log</span>'
             self._log.write(f"{self._name}: {type(error).__name__}: {error}", error=True)
-        finally:
-            self.button.disabled = False
+            said = '<span class="moe-error" role="alert">failed; see the log</span>'
+        self.button.disabled = False
+        self.says.value = said  # last: what it speaks of is there
