@@ -262,10 +262,10 @@ class History:
             child.set_meta("parent", parent | {"branch": line, "step": step})
             for key in (provenance.META, provenance.DATA):
                 child.set_meta(key, self.store.get_meta(key))
-            rows = self.store.read_steps(line)
-            for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
-                child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),
-                               dict(zip(rows.names, rows.values[i].tolist(), strict=True)), rows.shares[i])
+            for rows in self.store.read_parts(line):
+                for i in range(int(np.searchsorted(rows.steps, step, side="right"))):
+                    child.log_step(MAIN, int(rows.steps[i]), float(rows.time[i]),
+                                   dict(zip(rows.names, rows.values[i].tolist(), strict=True)), rows.shares[i])
             waiting = step + 1 if step == self.store.last_step(line) else step
             for event in self.store.read_events(line):
                 upto = waiting if event["kind"] == "knob" else step
