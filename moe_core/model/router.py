@@ -83,9 +83,7 @@ def draw_noise(kind: str, shape: Sequence[int], generator: torch.Generator | Non
     if kind == "gaussian":
         return noise.normal_(generator=generator)
     if kind == "gumbel":
-        # -log of Exp(1). The clamp keeps a draw of exactly 0 from becoming inf, and 0 * inf a NaN.
-        tiny = torch.finfo(torch.float32).tiny
-        return noise.exponential_(generator=generator).clamp_min_(tiny).log_().neg_()
+        return noise.exponential_(generator=generator).log_().neg_()  # finite: torch draws no 0
     raise ValueError(f"noise kind = {kind!r}: must be 'gumbel' or 'gaussian'")
 
 

@@ -39,10 +39,14 @@ def test_literal_choices_of_three_experts():
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("T, E, K, factor", [(48, 4, 1, 1.0), (33, 8, 2, 1.25), (5, 8, 1, 0.1), (20, 3, 2, 99.0)])
 def test_it_is_balanced_by_construction(scores, T, E, K, factor):
-    """However lopsided the logits, each takes ceil(factor T K / E) tokens: its best by p, noise added to ln p."""
+    """However lopsided the logits, each takes ceil(factor T K / E) tokens: its best by p, noise added to ln p.
+
+    Noise does not change a token's own order, and of several sequences each has the loss of what it has to do with.
+    """
     logits = torch.randn(T, E) + torch.tensor([9.0] + [0.0] * (E - 1))
     noise, capacity = draw_noise("gumbel", (T, E)), min(T, math.ceil(factor * T * K / E))
-    routing = choose(logits, controls(0.7, 0.4, factor), noise_TE=noise, top_k=K, router_scores=scores)
+    B = 5 if T % 5 == 0 else 3
+    routing = choose(logits, controls(0.7, 0.4, factor), noise_TE=noise, top_k=K, router_scores=scores, n_sequences=B)
     p = (logits / 0.7).softmax(-1) if scores == "softmax" else (logits / 0.7).sigmoid()
     best = (p.log() + 0.4 * noise).topk(capacity, dim=0).indices
     for e in range(E):
@@ -51,6 +55,10 @@ def test_it_is_balanced_by_construction(scores, T, E, K, factor):
         assert set(took.tolist()) == set(best[:, e].tolist())
     assert routing.stats.demand_E.tolist() == routing.stats.served_E.tolist() == [capacity] * E
     assert routing.balance_loss.item() == pytest.approx(1, abs=1e-5)
+    assert (p.gather(1, routing.experts_TK).diff(dim=-1) <= 0).all()
+    q, taken = p / p.sum(-1, keepdim=True), torch.zeros(T, E).scatter_(0, best, 1.0)
+    each = [taken_b.sum(0) @ q_b.mean(0) for taken_b, q_b in zip(taken.chunk(B), q.chunk(B), strict=True)]
+    torch.testing.assert_close(routing.sequence_loss, sum(each) / capacity)
     lost = T - len(set(best.flatten().tolist()))
     assert routing.stats.no_expert.item() == pytest.approx(lost / T)
 

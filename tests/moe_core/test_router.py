@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_core.config import RouterConfig
-from moe_core.model.router import Router, RouterControls, draw_noise, route
+from moe_core.model.router import Router, RouterControls, capacity_of, draw_noise, route
 
 PLAIN = RouterControls.constant(temp=1.0, noise_std=0.0, capacity_factor=1.0)
 
@@ -94,6 +94,7 @@ def test_a_full_expert_drops_later_tokens():
     assert routing.experts_TK.flatten().tolist() == [0, 0, 0, 1]
     assert routing.stats.demand_E.tolist() == [3, 1]
     assert routing.stats.served_E.tolist() == [2, 1]
+    assert routing.balance_loss == route(logits, PLAIN, top_k=1).balance_loss  # of what was asked for
 
 
 def test_first_choices_get_in_before_second_choices_of_earlier_tokens():
@@ -131,7 +132,9 @@ def test_capacity_is_the_ceiling_of_the_decimal_that_was_typed(factor):
     for T in (1, 10, 330, 1000, 4096):
         logits = torch.tensor([1.0, 0.0]).expand(T, 2)
         routing = route(logits, controls(capacity_factor=float(factor)), top_k=1, dropless=False)
-        assert routing.stats.served_E[0].item() == min(T, math.ceil(Fraction(factor) * T / 2)), T
+        room = min(T, math.ceil(Fraction(factor) * T / 2))
+        assert routing.stats.served_E[0].item() == room, T
+        assert capacity_of(controls(capacity_factor=float(factor)), T, 2, 1) == room, T  # where experts choose
 
 
 @pytest.mark.parametrize("K", [1, 2])
@@ -256,5 +259,5 @@ def test_router_works_in_float32_whatever_it_is_given(generator):
 def test_statistics_carry_no_gradient_and_losses_do(generator):
     """Only the weights and the two losses lead back to the logits."""
     routing = route(torch.randn(9, 4, generator=generator).requires_grad_(), PLAIN, top_k=2, dropless=False)
-    assert all(not t.requires_grad for t in vars(routing.stats).values())
+    assert all(not t.requires_grad for t in (routing.logits_TE, *vars(routing.stats).values()))
     assert all(t.requires_grad for t in (routing.weights_TK, routing.balance_loss, routing.z_loss))
