@@ -28,6 +28,7 @@ from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
 FOLDER = "checkpoints"
+_OURS = re.compile(rf"{FOLDER}/\d+-\d{{8,}}[\w.-]*{re.escape(checkpoint.SUFFIX)}")  # a path that is made here
 GPU_TOLERANCE = 1e-3  # nats, on a step's cross-entropy taken again: sums on a GPU have no fixed order
 
 # What decides which tensors a state has, and their shapes.
@@ -115,7 +116,8 @@ class History:
         for c in by_rule:
             if c.id not in kept:
                 self.store.drop_checkpoint(c.id)  # first, so that no entry is ever without its file
-                (self.store.path / c.path).unlink(missing_ok=True)
+                if _OURS.fullmatch(c.path):  # whatever file else the store of a stranger's run names
+                    (self.store.path / c.path).unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Mend what a crash in a save left: drafts go, and a checkpoint that is whole but not entered is entered."""

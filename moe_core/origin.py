@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_core import checkpoint
-from moe_core.data.pretrained import kept_folder
+from moe_core.data.cache import cache_root, unwritable
+from moe_core.data.pretrained import found, kept_folder
 from moe_core.store import RunStore
 from moe_core.trainer import Trainer, load_gathered
 
@@ -76,11 +77,16 @@ def inherited(store: RunStore) -> dict[str, Callable[[Path], None]]:
     return {"fill": fill}
 
 
-def restore_tokenizer(store: RunStore) -> None:
-    """Put the run's own copy of its tokenizer back where its config looks for it, if it is gone from there."""
-    name, own = store.config.get("data", {}).get("tokenizer"), store.path / TOKENIZER
-    if name is not None and own.is_dir() and not Path(name).exists():
-        kept_folder(Path(name), lambda folder: shutil.copytree(own, folder))
+def restore_tokenizer(store: RunStore, name: str | None) -> None:
+    """Put the run's own copy of the tokenizer ``name`` of its config back into the cache, if it is gone from there; and
+    nowhere else, wherever the config of a run that a stranger made says. Raises DataError.
+    """
+    own, folder = store.path / TOKENIZER, Path(found(name or ""))
+    if own.is_dir() and folder.parent == cache_root() / "tokenizers":
+        try:
+            kept_folder(folder, lambda draft: shutil.copytree(own, draft))
+        except OSError as error:
+            raise unwritable(error) from error
 
 
 def words(parent: Mapping[str, Any]) -> str:

@@ -141,8 +141,9 @@ class Run(Timeline, Face):
             return known
         store = _own(RunStore.open(path, write=True))
         with _closed_on_error(store):
-            origin.restore_tokenizer(store)
-            return cls(store, RunConfig.from_dict(store.config))
+            config = RunConfig.from_dict(store.config)
+            origin.restore_tokenizer(store, config.data.tokenizer)
+            return cls(store, config)
 
     @classmethod
     def attach(cls, path: str | os.PathLike) -> Attached | Run:

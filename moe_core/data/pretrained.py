@@ -39,7 +39,7 @@ def load_pretrained(name: str) -> Pretrained:
         return DataError(f"tokenizer = {name!r}: {what}")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(here := found(name), trust_remote_code=False)
     except Exception as error:  # they have no common class, and many lines
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise refused("cannot be loaded; must be the name of a tokenizer on the Hugging Face hub, or a folder that "
@@ -49,7 +49,7 @@ def load_pretrained(name: str) -> Pretrained:
         raise refused("must be one that the tokenizers library runs (a tokenizer.json); this one is Python code")
     if tokenizer.eos_token_id is None:
         raise refused("must have an end-of-text token (eos_token), which joins the documents")
-    return of_backend(name, backend, tokenizer.eos_token_id)
+    return of_backend(here, backend, tokenizer.eos_token_id)
 
 
 def of_backend(name: str, backend, end_of_text: int) -> Pretrained:
@@ -81,6 +81,14 @@ def adopted(tokenizer: Pretrained) -> Path:
         return kept_folder(folder, lambda draft: save_folder(tokenizer, draft))
     except OSError as error:
         raise unwritable(error) from error
+
+
+def found(name: str) -> str:
+    """``name``; where it is a folder of :func:`adopted` in a cache that is not here, the same in this cache."""
+    path = Path(name)
+    if path.exists() or path.parts[-3:-1] != (cache_root().name, "tokenizers"):
+        return name
+    return str(cache_root() / "tokenizers" / path.name)
 
 
 def kept_folder(folder: Path, write: Callable[[Path], object]) -> Path:
