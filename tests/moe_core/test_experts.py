@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_core.model import experts
-from moe_core.model.experts import Biases, Experts, experts_grouped, experts_loop
+from moe_core.model.experts import Biases, Experts, dispatched, experts_grouped, experts_loop
 from moe_core.model.router import RouterControls, Routing, route
 
 D, WIDTH_F = 16, 24
@@ -190,6 +190,18 @@ def test_bfloat16_products_come_near_the_float32_ones():
         y = experts(x.bfloat16(), routing)
         assert y.dtype == torch.bfloat16
         assert (y.float() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("E, K", CASES)
+def test_what_is_added_up_is_added_in_float32(E, K):
+    """Rows in bfloat16: a token's sum is rounded once, and its weights' gradient is as exact as float32."""
+    x, routing, _ = inputs(9 * E + K, 33, E, K, dtype=torch.bfloat16)
+    weights = routing.weights_TK.requires_grad_()
+    y = dispatched(x, routing, E, lambda rows, order: rows)
+    assert torch.equal(y, (x.float().unsqueeze(1) * weights.unsqueeze(-1)).sum(1).bfloat16())
+    grad = torch.randn(y.shape).bfloat16()
+    (actual,) = torch.autograd.grad(y, weights, grad)
+    torch.testing.assert_close(actual, (x.float() * grad.float()).sum(-1, keepdim=True).expand(-1, K))
 
 
 def test_what_the_grouped_path_cannot_do_is_refused():

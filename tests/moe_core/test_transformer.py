@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from small_models import TINY, VARIANTS, batch, build, gradients, lively, rng, total
 
 from moe_core.model import RouterControls
+from moe_core.model.causal import attention_in_blocks
+from moe_core.model.cross_entropy import linear_cross_entropy
+from moe_core.model.experts import dispatched
+from moe_core.model.norm import RMSNorm
 from moe_core.model.rope import rope_tables
+from moe_core.model.router import route
 from moe_core.presets import preset
 
 
@@ -232,3 +237,17 @@ def test_each_head_for_tokens_further_on_is_judged_by_the_token_it_means():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.blocks[0].attn.parameters())
     model.eval()
     assert "mtp" not in model(tokens, targets).losses
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: RMSNorm(8, 1e-6)(x),
+    lambda x: attention_in_blocks(*[x[None, None]] * 3),
+    lambda x: linear_cross_entropy(x, torch.ones(3, 8), torch.zeros(8, dtype=torch.int64)),
+    lambda x: dispatched(x, route(x.detach(), RouterControls.constant(1, 0, 1), top_k=1), 8, lambda rows, _: rows),
+], ids=["norm", "attention", "cross-entropy", "experts"])
+def test_a_second_derivative_that_would_be_wrong_is_refused(function):
+    """A gradient in closed form keeps what it needs outside of the graph: through it the next one would lack a part."""
+    x = torch.randn(8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
