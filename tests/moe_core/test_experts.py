@@ -211,5 +211,7 @@ def test_what_the_grouped_path_cannot_do_is_refused():
         experts_grouped(x.double(), routing, *(w.double() for w in weights))
     with pytest.raises(ValueError, match=r"multiples of 4, not 14 x 24.*'loop'"):
         experts_grouped(x[:, :14], routing, weights[0][:, :14], weights[1][:, :14], weights[2][..., :14])
+    with pytest.raises(ValueError, match="multiples of 4, not 16 x 22"):
+        experts_grouped(x, routing, weights[0][..., :22], weights[1][..., :22], weights[2][:, :22])
     with pytest.raises(ValueError, match=r"experts_impl = 'fast'.*'loop', 'grouped'"):
         Experts(2, 8, 8, "fast")

@@ -106,7 +106,12 @@ def test_data_wait_is_the_part_of_a_step_that_waited_for_batches(make, monkeypat
 
 
 def test_the_same_run_twice_is_the_same_run(make):
-    """Six steps of two trainers: every metric but the speed, every share and every weight, to the bit."""
+    """Six steps of two trainers: every metric but the speed, every share and every weight, to the bit.
+
+    Another seed is another of everything that is drawn.
+    """
+    drawn = [(weights(t), t.train.next(), t.noise.get_state(), t.labels.get_state()) for t in (make(), make(seed=5))]
+    assert not any(map(torch.equal, *drawn))
     one, two = make(dropless=False), make(dropless=False)
     for _ in range(6):
         a, b = one.step(), two.step()
