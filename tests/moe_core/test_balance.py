@@ -134,7 +134,7 @@ def test_the_bias_evens_out_a_load_that_without_it_stays_uneven(make):
                 block.mlp.router.bias[2] = 1.5
         top[balance] = [trainer.step().metrics["router/max_frac_mean"] for _ in range(40)]
     assert top["none"][-1] > 0.4 and top["bias"][0] > 0.4
-    assert top["bias"][-1] < 0.33
+    assert np.mean(top["bias"][-10:]) < 0.33  # the largest share of one step's 128 tokens strays by more
 
 
 def test_a_model_cast_to_bfloat16_keeps_its_bias_in_float32(tiny):
