@@ -66,7 +66,7 @@ def test_aux_losses_are_divided_by_the_accumulation_steps(make):
 
 
 def test_a_knob_turned_between_two_steps_holds_for_the_whole_of_the_next(make):
-    """The row says the value, and the loss-balance gradient is that of the value: rate 0 moves nothing."""
+    """The row says the value, and the update is that of the value: rate 0 moves nothing. The others follow on."""
     trainer = make(weight_decay=0.0)
     trainer.step()
     before = weights(trainer)
@@ -74,6 +74,7 @@ def test_a_knob_turned_between_two_steps_holds_for_the_whole_of_the_next(make):
     trainer.knobs["router_temp"].turn("hold", 3.0, None, 2)
     row = trainer.step().metrics
     assert (row["lr"], row["router/temp"]) == (0.0, 3.0)
+    assert row["router/noise_std"] == trainer.knobs["router_noise_std"].at(2) != trainer.knobs["router_noise_std"].at(1)
     assert torch.equal(weights(trainer), before)
     trainer.knobs["lr_scale"].turn("follow", None, None, 3)
     assert trainer.step().metrics["lr"] > 0
