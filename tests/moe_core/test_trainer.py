@@ -90,6 +90,19 @@ def test_clipping_bounds_the_gradient_and_is_counted(make):
     assert rows[0]["grad/norm"] > 1e-2  # the metric is the norm before clipping
 
 
+def test_validation_leaves_training_alone_and_is_of_the_knobs_present_values(make):
+    """Steps beside it are to the bit those of a trainer that never validates; without noise it repeats itself."""
+    one, other = make(eval_interval=1, dropout=0.1), make(eval_interval=0, dropout=0.1)
+    for _ in range(3):
+        row = one.step()
+        assert measured(row, "val/loss", "val/ppl") == measured(other.step())
+    assert torch.equal(weights(one), weights(other))
+    assert one.evaluate() == row.metrics["val/loss"] == one.evaluate()
+    one.knobs["router_temp"].turn("hold", 3.0, None, 4)
+    one.knobs.read(4)
+    assert one.evaluate() != row.metrics["val/loss"]
+
+
 def test_data_wait_is_the_part_of_a_step_that_waited_for_batches(make, monkeypatch):
     """By a clock that moves 3 s for each of two batches and 2 s for the update: six seconds of eight."""
     trainer, now = make(gradient_accumulation_steps=2, eval_interval=0), [0.0]
