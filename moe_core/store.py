@@ -89,11 +89,11 @@ class RunStore:
         with as_store_error(path):
             access.check(path)
             path = path.absolute()  # what is read and written later lies there wherever the process goes meanwhile
-            if not write:
-                return cls(path)
-            store = cls(path, access.take_lock(path))
+            store = cls(path, access.take_lock(path) if write else None)
             try:
-                store._start_writing()
+                access.refuse_damaged(store)
+                if write:
+                    store._start_writing()
             except BaseException:
                 store.close()
                 raise
@@ -245,7 +245,7 @@ class RunStore:
         """The JSON value under ``key``."""
         with self._reader() as db:
             found = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if found is None else json.loads(found[0])
+            return default if found is None else json.loads(found[0])
 
     def branches(self) -> list[Branch]:
         """Every branch: ``main``, then the others as they were opened."""
@@ -289,7 +289,7 @@ class RunStore:
             # After the rows, so that every layout that they mean is there.
             found = db.execute("SELECT id, names, layers, experts FROM layouts")
             layouts = {row[0]: row[1:] for row in found}
-        return decode(rows, layouts, shares)
+            return decode(rows, layouts, shares)
 
     def read_parts(self, branch_id: int = MAIN, since: int = 0, *, shares: bool = True) -> Iterator[Steps]:
         """What :meth:`read_steps` reads, ``PART`` rows at a time, at least one part: memory for all shares may lack."""
@@ -316,7 +316,7 @@ class RunStore:
                 WHERE e.id > ? ORDER BY e.step, e.id""", (branch_id, after))
             names = [column[0] for column in rows.description]
             events = [dict(zip(names, row, strict=True)) for row in rows]
-        return [{**event, "payload": json.loads(event["payload"])} for event in events]
+            return [{**event, "payload": dict(json.loads(event["payload"]))} for event in events]
 
     def last_event(self) -> int:
         """The greatest id of any event; 0 when there is none."""
@@ -328,13 +328,13 @@ class RunStore:
         found = db.execute(lineage_sql("WHERE id = ?"), (branch_id,)).fetchall()
         if not found:
             raise StoreError(f"{self.path}: branch_id = {branch_id!r}: there is no such branch")
-        return [(ancestor << STEP_BITS | max(since, 0), ancestor << STEP_BITS | upto)
+        return [(ancestor << STEP_BITS | min(max(since, 0), STEP_MAX), ancestor << STEP_BITS | upto)
                 for _, ancestor, upto in reversed(found)]
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
         """A read connection that no other thread is using."""
-        with as_store_error(self.path):
+        with as_store_error(self.path), access.as_damage(self.path):
             with self._pool:
                 if self._closed:
                     raise StoreError(f"{self.path}: is closed")

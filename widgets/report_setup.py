@@ -132,7 +132,7 @@ def _from_scratch(record: Record) -> bool:
 def _begins(parent: Mapping) -> str:
     """What ``Run.create`` is told of the weights to begin with; "" for fresh ones."""
     how = parent.get("how")
-    given = {how: parent.get("path")} if how else {}
+    given = {how: parent.get("path")} if how in origin.WORDS else {}
     given |= {"keep_optimizer": True} if parent.get("optimizer") else {}
     given |= {"upcycle_noise": parent["noise"]} if "noise" in parent else {}
     return "".join(f",\n{' ' * 20}{key}={value!r}" for key, value in given.items())
@@ -142,12 +142,13 @@ def script(record: Record) -> str:
     """Python that takes the same steps with the same turns, from the weights that the run began with."""
     parent, done = record.parent or {}, 0
     lines = ["import moe_core as mc", ""]
-    if _from_scratch(record) or "how" in parent:
+    if _from_scratch(record) or parent.get("how") in origin.WORDS:
         begins = _begins(parent)
         lines += [_config_in_python(record.config), f'run = mc.Run.create(mc.free_path("runs/again"), cfg{begins})']
     else:  # the config alone leads there neither from fresh weights nor from its first step
         done = int(parent["step"])
-        given = "".join(f", {key}={value!r}" for key, value in (parent.get("changes") or {}).items())
+        given = "".join(f", {key}={value!r}" for key, value in (parent.get("changes") or {}).items()
+                        if key in commands.flat(record.config))  # a stranger's run may say anything
         lines += [f"parent = mc.Run.open({str(parent['path'])!r})",
                   f'run = parent.fork(mc.free_path("runs/again"), step={done}{given})']
     for event in record.events:

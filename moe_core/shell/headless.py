@@ -48,9 +48,14 @@ class TrainingError(RuntimeError):
     """What stopped training, in one line, with how to go on."""
 
 
+def printable(line: str) -> str:
+    """A line without what would steer a terminal: a stranger's run may have any name in it."""
+    return "".join(char for char in line if char.isprintable())
+
+
 def tell(line: str) -> None:
     """A line beside the training's own, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -123,8 +123,8 @@ def describe(path: Path) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """On one line, and without what would steer a terminal."""
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())
+    """On one line."""
+    return " ".join(text.split())
 
 
 def _health(run: Attached) -> Iterator[str]:

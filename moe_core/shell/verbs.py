@@ -11,7 +11,7 @@ from moe_core import commands
 from moe_core.config import ConfigError
 from moe_core.knobs import KnobError
 from moe_core.shell import headless
-from moe_core.shell.headless import held, tell, typed
+from moe_core.shell.headless import held, printable, tell, typed
 from moe_core.store import MAIN, StoreError
 
 PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
@@ -169,13 +169,13 @@ def _number(name: str, text: str) -> float:
 def ls(given) -> None:
     from moe_core.shell import overview
 
-    print("\n".join(overview.table(Path(given.dir))))
+    print("\n".join(map(printable, overview.table(Path(given.dir)))))
 
 
 def show(given) -> None:
     from moe_core.shell import overview
 
-    print("\n".join(overview.describe(Path(given.run))))
+    print("\n".join(map(printable, overview.describe(Path(given.run)))))
 
 
 def export(given) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from moe_core.storage.schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
+from moe_core.storage.schema import APPLICATION_ID, MAIN, SCHEMA_VERSION, create_schema
 
 FILE = "run.sqlite"
 PROBE = 0.5  # seconds that taking the lock waits
@@ -33,6 +33,24 @@ def as_store_error(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise StoreError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def as_damage(path: Path) -> Iterator[None]:
+    """The same for what Python raises where the file holds other than it should: it changed, or a stranger made it."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise StoreError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
+
+
+def refuse_damaged(store) -> None:
+    """Raise StoreError where what all else relies on is not in a RunStore: a config, branches, the current one."""
+    names = {branch.id: branch.name for branch in store.branches()}
+    if not isinstance(store.config, dict) or store.get_meta("branch", MAIN) not in list(names):
+        raise StoreError(f"{store.path}: is damaged: it has no config, or not the branch that it stands on")
+    if not all(isinstance(name, str) for name in names.values()):
+        raise StoreError(f"{store.path}: is damaged: the name of a branch is no text")
 
 
 def refuse_existing(path: Path) -> None:
@@ -109,6 +127,8 @@ def take_lock(path: Path) -> filelock.BaseFileLock:
     for place in (path, path / FILE, path / LOCK):
         if place.exists() and not os.access(place, os.W_OK):
             raise StoreError(f"{path}: no write access to {place}; open it for reading")
+    if (path / FILE).is_symlink():
+        raise StoreError(f"{path}: {FILE} is a link; open the run that it leads to, in whose directory the lock is")
     lock = filelock.FileLock(path / LOCK, thread_local=False)  # any thread may close what another opened
     try:
         lock.acquire(timeout=PROBE)  # a moment's patience, for another's look at who writes

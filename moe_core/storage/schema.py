@@ -76,11 +76,14 @@ def _float32(bits: str) -> str:
 
 
 def lineage_sql(where: str = "") -> str:
-    """SELECT branch, ancestor, upto of every branch, or of those that ``where`` (on ``branches``) leaves."""
+    """SELECT branch, ancestor, upto of every branch, or of those that ``where`` (on ``branches``) leaves.
+
+    By UNION, which drops what it has already: by UNION ALL a circle of parents, in a damaged file, would never end.
+    """
     return f"""
     WITH RECURSIVE up(branch, ancestor, upto) AS (
         SELECT id, id, {STEP_MAX} FROM branches {where}
-        UNION ALL
+        UNION
         SELECT up.branch, b.parent, min(up.upto, b.fork_step)
         FROM up JOIN branches b ON b.id = up.ancestor WHERE b.parent IS NOT NULL
     ) SELECT branch, ancestor, upto FROM up"""

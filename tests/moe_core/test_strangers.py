@@ -1,11 +1,15 @@
-"""A run's directory that a stranger made: opening it and training it touches nothing outside of it."""
+"""A run's directory that a stranger made: what is done with it touches nothing outside of it, and steers nothing."""
 
 import contextlib
 import json
 import sqlite3
 
+import pytest
+
 from moe_core import Run
+from moe_core.cli import main
 from moe_core.data.cache import cache_root
+from moe_core.store import RunStore, StoreError
 
 
 def edited(run, *sql):
@@ -52,3 +56,55 @@ def test_a_tokenizer_is_put_back_into_the_cache_alone(tiny_run, tmp_path):
         Run.open(path).close()
         assert not (tmp_path / "startup").exists()
         assert kept is None or (cache_root() / "tokenizers" / kept / "50-start.py").exists()
+
+
+@pytest.mark.parametrize("sql", [
+    "UPDATE meta SET value = '[' WHERE key = 'config'", "UPDATE meta SET value = '[1]' WHERE key = 'config'",
+    f"UPDATE meta SET value = '{'[' * 100_000}' WHERE key = 'config'", "UPDATE branches SET id = 1 << 62",
+    "UPDATE meta SET value = '{}' WHERE key = 'branch'", "DELETE FROM branches",
+    "UPDATE branches SET name = x'00'", "UPDATE layouts SET names = '[1]'", "UPDATE layouts SET id = 7",
+    "UPDATE steps SET metrics = x'00'", "UPDATE steps SET time = 'noon'", "UPDATE steps SET shares = NULL",
+    "UPDATE events SET payload = '[1]'",
+])
+def test_a_store_that_holds_other_than_it_should_is_one_line(tiny_run, capsys, sql):
+    """Whoever reads it; and the runs beside it are listed all the same."""
+    run = tiny_run()
+    run.step(1)
+    run.note("a note")
+    path = edited(run, (sql,))
+    with pytest.raises(StoreError, match=r"^\S+: is damaged: [^\n]+$"), RunStore.open(path) as store:
+        store.read_steps()
+        store.read_events()
+    assert main(["ls", str(path.parent)]) == 0 and "run" in capsys.readouterr().out
+
+
+def test_a_circle_of_branches_has_an_end(tiny_run):
+    run = tiny_run()
+    run.step(2)
+    run.rewind(1)
+    path = edited(run, ("UPDATE branches SET parent = 3 - id, fork_step = 1",))
+    with RunStore.open(path) as store:
+        assert {branch for branch, _ in store.lineage(1)} == {1, 2} and store.last_step(1) == 2
+
+
+def test_a_store_that_is_a_link_has_its_writer_where_it_leads(tiny_run, tmp_path):
+    """A lock beside the link would let two processes write it."""
+    run = tiny_run()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.sqlite").symlink_to(run.path / "run.sqlite")
+    RunStore.open(other).close()
+    with pytest.raises(StoreError, match="run.sqlite is a link; open the run that it leads to"):
+        Run.open(other)
+
+
+def test_what_a_shell_shows_of_a_run_steers_no_terminal(tiny_run, capsys):
+    run = tiny_run("run\x1b[2J")
+    run.rewind(0, name="\x1b]0;title\x07\u202egnp.exe\nlast")
+    run.note("\x1b[31mred\r")
+    path = edited(run, ("UPDATE events SET kind = 'note' || char(27)",), (
+        "INSERT INTO meta VALUES ('parent', ?)", (json.dumps({"path": "\x1b[1m"}),)))
+    for words in (["ls", str(path.parent)], ["show", str(path)], ["show", f"{path}\x1b"]):
+        main(words)
+        said = "".join(capsys.readouterr()).replace("\n", "")
+        assert said.isprintable() and "run" in said

@@ -1,3 +1,4 @@
+import ast
 import json
 import re
 
@@ -192,6 +193,17 @@ def test_the_script_of_a_report_takes_the_same_steps(told_run, tmp_path, monkeyp
             again.close()
     child.close()
     begun.close()
+
+
+def test_the_script_of_a_report_has_no_code_but_its_own(tiny_run):
+    """Whatever a stranger's run says of where it came from, it is a value or left out."""
+    run = tiny_run()
+    for parent in ({"how": "init_from=exit(1), upcycle_from", "path": "exit(1)", "step": 0},
+                   {"path": "', exit(1), '", "step": 0, "changes": {"batch_size=exit(1), seed": 2, "batch_size": 2}}):
+        run.store.set_meta("parent", parent)
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(script(Record.read(run))))
+                 if isinstance(node, ast.Call)}
+        assert calls <= {"mc.preset", "mc.Run.create", "mc.free_path", "mc.Run.open", "parent.fork"}
 
 
 def test_a_live_run_is_written_up_by_a_reader_while_it_trains(tiny_run, tmp_path):
