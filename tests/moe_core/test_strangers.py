@@ -94,7 +94,7 @@ def test_a_store_that_is_a_link_has_its_writer_where_it_leads(tiny_run, tmp_path
     other.mkdir()
     (other / "run.sqlite").symlink_to(run.path / "run.sqlite")
     RunStore.open(other).close()
-    with pytest.raises(StoreError, match="run.sqlite is a link; open the run that it leads to"):
+    with pytest.raises(StoreError, match=r"run\.sqlite is a link; open the run that it leads to"):
         Run.open(other)
 
 
