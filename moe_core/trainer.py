@@ -317,8 +317,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         load_gathered(self.optimizer, state["optimizer"])
         self.knobs.load_state_dict(state["knobs"])
-        self.noise.set_state(state["noise"].cpu())
-        self.labels.set_state(state["labels"].cpu())
+        foreign = len(state["noise"]) != len(self.noise.get_state())  # a GPU's means nothing to a CPU, nor vice versa
+        for generator, saved in ((self.noise, state["noise"]), (self.labels, state["labels"])):
+            generator.manual_seed(generator.initial_seed()) if foreign else generator.set_state(saved.cpu())
+        if foreign:
+            self._alerts.append("the state is of another kind of device: random numbers begin anew from the seed")
         self.train.load_state_dict(state["train"])
         self.steps_done, self.clipped, self.skipped = state["steps_done"], state["clipped"], state.get("skipped", 0)
         self.whole = True

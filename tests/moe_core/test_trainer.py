@@ -134,6 +134,19 @@ def test_the_same_run_twice_is_the_same_run(make):
     assert torch.equal(weights(one), weights(two))
 
 
+def test_a_state_of_another_kind_of_device_goes_on_with_random_numbers_that_begin_anew(make):
+    """A GPU keeps a generator in 16 bytes, a CPU in thousands: all else is taken over, and the next row says it once."""
+    first, second = make(), make()
+    begins = second.noise.get_state()
+    first.step()
+    second.step()
+    state = first.state_dict()
+    second.load_state_dict({**state, **{name: torch.zeros(16, dtype=torch.uint8) for name in ("noise", "labels")}})
+    assert torch.equal(second.noise.get_state(), begins)
+    assert torch.equal(weights(second), weights(first)) and second.steps_done == 1
+    assert [len(second.step().alerts) for _ in range(2)] == [1, 0]
+
+
 def test_training_leaves_the_users_random_numbers_alone(make):
     """The global generator is shared with the user's cells; a step neither reads nor moves it."""
     trainer = make()
