@@ -15,7 +15,9 @@ from itertools import zip_longest
 
 from moe_core.config import OPTIMIZERS
 
-_NUM = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
+# No part of a pattern can match what its neighbour can, and a step has 12 digits at most, as in a store: a line of any
+# length is read in time that grows with its length.
+_NUM = r"[-+]?(?:\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|inf)"
 _END = r"(?=[\s|]|$)"
 
 
@@ -43,14 +45,15 @@ _STEP_FIELDS = {
 _VAL_FIELDS = {"val/loss": _named("loss", r"\d+\.\d{4}", r"ppl\b"), "val/ppl": _named("ppl", r"\d+\.\d")}
 
 _START = re.compile(  # of a line of the MoE form, its eval line, or one of the dense form
-    r"(?<![A-Za-z_])iter\s+(?:(?P<iter>\d+)\s*\||(?P<cut>\d*)$)"
+    r"(?<![A-Za-z_])iter\s+(?:(?P<iter>\d{1,12})\s*\||(?P<cut>\d*)$)"
     r"|(?<![A-Za-z_])(?P<eval>eval)\s*\|"
-    rf"|\[\s*(?P<opt>{'|'.join(OPTIMIZERS)})\s*\]\s+(?:step\s+(?P<step>\d+)/(?:(?P<total>\d+)(?=\s))?|(?P<val>\(val\)))")
-_PARAMS = re.compile(r"Model params:\s*(\d[\d,]*)\s*\(")
+    rf"|\[\s*(?P<opt>{'|'.join(OPTIMIZERS)})\s*\]\s+"
+    r"(?:step\s+(?P<step>\d{1,12})/(?:(?P<total>\d{1,12})(?=\s))?|(?P<val>\(val\)))")
+_PARAMS = re.compile(r"Model params:\s*(\d[\d,]{0,20})\s*\(")
 _SUMMARY = re.compile(rf"^(\S+)\s+{_NUM}\s*ms/it\s+{_NUM}\s*tok/s\s+loss\s+{_NUM}\s*$")
 _TORN = re.compile(r"\|\s*lr\s|tok/s\s*\||\br_max\s|\bact_min\s")
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_BAR = re.compile(r"\d+%\s*\||\b\d+(?:\.\d+)?\s*(?:it/s|s/it|[kM]?B/s)\b")
+_BAR = re.compile(r"\d%\s*\||\b\d+(?:\.\d+)?\s*(?:it/s|s/it|[kM]?B/s)\b")
 
 
 BEFORE = "before step 1, the first that a run can have, kept as events"

@@ -7,6 +7,7 @@ import io
 import math
 
 from moe_core.old_forms import BEFORE, Draft, Tally
+from moe_core.storage.schema import STEP_MAX
 
 
 def is_wandb(text: str) -> bool:
@@ -46,7 +47,7 @@ def read_wandb(text: str, drafts: dict[str, Draft], tally: Tally, shift: int) ->
             tally.add("read in part, or cut short", said)
             continue
         number = _number(cells[place])
-        if number is None or number != number or number % 1:
+        if number is None or number % 1 or abs(number) > STEP_MAX:  # NaN % 1 is NaN, which counts as true
             tally.add("rows without a whole step", said)
             continue
         step = int(number) + shift
@@ -60,7 +61,7 @@ def _cell(draft: Draft, metric: str, step: int, cell: str, tally: Tally) -> None
     if value is None:
         return tally.add("cells that are no number", f"{draft.name} - {metric}, step {step}: {cell}")
     if metric == "_timestamp":
-        draft.times[step] = value
+        draft.times |= {step: value} if math.isfinite(value) else {}
     elif math.isnan(value):
         draft.say(f"the export says {metric} NaN at step {step}", max(step, 0))
     elif step < 1:

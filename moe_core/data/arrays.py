@@ -59,7 +59,7 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         raise refused("there is no such file") from error
     except OSError as error:
         raise refused(f"cannot be read ({error.strerror or error})") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, TypeError, OverflowError) as error:  # of the last two: a shape that none can have
         reason = str(error).splitlines()[0]
         raise refused(f"is not a .npy file of plain numbers ({reason})") from error
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":

@@ -209,7 +209,8 @@ def import_(given) -> None:
         raise ConfigError(f"--val-every {error}") from None
     if "" in every and len(every) > 1:
         raise ConfigError(f"--val-every {every['']}: is for all optimizers and cannot be combined with NAME=N")
-    print(import_log(given.logs, given.run, every.get("", every or None), dict(map(_pair, given.rename)), given.shift))
+    made = import_log(given.logs, given.run, every.get("", every or None), dict(map(_pair, given.rename)), given.shift)
+    print("\n".join(map(printable, str(made).splitlines())))
 
 
 def _pair(said: str) -> tuple[str, str]:

@@ -94,11 +94,16 @@ def pickled(path):
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
 
 
+HEADER = b"\x93NUMPY\1\0\x80\0{'descr': '<u2', 'fortran_order': False, 'shape': (%b,)}".ljust(140)
+
 BAD = {
     "not there": ("a.npy", lambda path: None, "no such file"),
     "2-D": ("a.npy", lambda path: np.save(path, np.zeros((4, 9), np.int64)), "is 2-D of int64"),
     "not whole numbers": ("a.npy", lambda path: np.save(path, np.zeros(9)), "is 1-D of float64"),
     "pickled": ("a.npy", pickled, "not a .npy file of plain numbers"),
+    "longer than there are numbers": ("a.npy", lambda path: path.write_bytes(
+        HEADER % (b"9" * 30)), "not a .npy file of plain numbers"),
+    "of a shape that is none": ("a.npy", lambda path: path.write_bytes(HEADER % b"True"), "not a .npy file of plain"),
     "not .npy": ("a.npy", lambda path: path.write_bytes(b"PK\3\4 text"), "not a .npy file"),
     "no bytes": ("a.npy", lambda path: path.write_bytes(b""), "not a .npy file"),
     "empty .npy": ("a.npy", lambda path: np.save(path, np.zeros(0, np.int64)), "it is empty"),

@@ -235,11 +235,15 @@ def test_what_is_no_log_is_one_line_and_writes_nothing(tmp_path):
     (tmp_path / "bytes").write_bytes(np.random.default_rng(12).bytes(5000))
     (tmp_path / "foreign").write_text("\n".join(FOREIGN))
     (tmp_path / "own.csv").write_text("optimizer,loss\nadamw,3.2\n")
+    (tmp_path / "endless").write_text("".join(line.replace("7", "9" * 5000) for line in (
+        "Model params: 7 (7M)\n", "iter 7 | loss 1.0000\n", "[adamw       ] step 7/7  loss 5.6797\n")))
+    (tmp_path / "wild.csv").write_text("Step,run - loss,run - _timestamp\n1e300,1,1\ninf,2,2\n3,x,nan\n")
     (tmp_path / "good").write_text("\n".join(moe_log(13)[0]))
     before = sorted(tmp_path.iterdir())
     for log, why, options in (
             ("absent", "No such file", {}), ("", "directory", {}), ("bytes", "no line of a known form", {}),
             ("foreign", "no line of a known form", {}), ("own.csv", "no column Step.*optimizer", {}),
+            ("endless", "no line of a known form", {}), ("wild.csv", "no value that has a step", {}),
             ("good", "val_every = 0", {"val_every": 0}), ("good", "val_every", {"val_every": {"adamw": -1}}),
             ("good", "'adam' must be one of adamw", {"val_every": {"adam": 200}}),
             ("good", "no 'loss'.*train/loss", {"rename": {"loss": "train/ce"}}),
