@@ -55,7 +55,7 @@ class OnItsWay:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             self._host.copy_(vector, non_blocking=True)
             self._there = torch.cuda.Event()
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(vector.device))
         else:
             self._host = vector.cpu()
 

@@ -9,6 +9,7 @@ the next step before it reads this one's numbers, and where they are not finite 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import time
@@ -46,11 +47,13 @@ from moe_core.records import Asked, Backward, OnItsWay, Place, Routed, StepRecor
 __all__ = ["MemoryLimitError", "NonFiniteError", "Routed", "StepRecord", "Trainer", "resolve_device"]
 
 
+@functools.cache  # the GPU of the thread that asks first, for all threads: a new thread's present one is GPU 0
 def resolve_device(config: RunConfig) -> torch.device:
     """The device that ``config.device`` means here. Raises ConfigError where it is not to be had."""
-    if config.device == "cuda" and not torch.cuda.is_available():
+    there = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not there:
         raise ConfigError("device = 'cuda': no CUDA device is available to torch here; use 'auto' or 'cpu'")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if there else torch.device("cpu")
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

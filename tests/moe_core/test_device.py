@@ -1,6 +1,7 @@
 """Whole steps on a device that the host cannot look into: torch's "meta", which has shapes and types and no numbers."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from moe_core.data import Batches, load_tokens
 from moe_core.knobs import Knobs
 from moe_core.model import experts
 from moe_core.records import OnItsWay
-from moe_core.trainer import Trainer
+from moe_core.trainer import Trainer, resolve_device
 
 META = torch.device("meta")
 
@@ -70,6 +71,20 @@ def make(tiny, crossed):
             group |= {"fused": True} if "fused" in group else {}  # as on a GPU
         return made
     return trainer
+
+
+def test_all_threads_mean_the_gpu_that_was_present_where_a_run_was_made(tiny, monkeypatch):
+    """The present GPU is each thread's own, and a new thread's the first one."""
+    present = threading.local()
+    present.index = 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(present, "index", 0))
+    config, there = tiny(device="auto", seed=987), []
+    here = resolve_device(config)
+    training = threading.Thread(target=lambda: there.append(resolve_device(config)))
+    training.start()
+    training.join()
+    assert there == [here] == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("changes", [

@@ -135,7 +135,7 @@ def test_the_same_run_twice_is_the_same_run(make):
 
 
 def test_a_state_of_another_kind_of_device_goes_on_with_random_numbers_that_begin_anew(make):
-    """A GPU keeps a generator in 16 bytes, a CPU in thousands: all else is taken over, and the next row says it once."""
+    """A GPU keeps a generator in 16 bytes, a CPU in thousands: all else is taken over, and the next row says so."""
     first, second = make(), make()
     begins = second.noise.get_state()
     first.step()
