@@ -6,7 +6,6 @@ It leans on names inside plotly that its wire protocol is made of: ``_js2py_trac
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,31 +15,41 @@ import plotly
 import plotly.graph_objects as go
 from plotly.basedatatypes import Undefined
 from plotly.serializers import custom_serializers
-from traitlets import Dict, observe
+from traitlets import Dict, Unicode, observe
 
 from widgets.figures import NOT_OFFERED
 
 # What changes in a trace as a run grows.
 MOVING = ("x", "y", "z", "customdata", "text", "mode", "line.color", "marker.symbol", "marker.opacity")
 
+_PLOTLY = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
+
+# anywidget gives a widget two seconds to be ready, and no message ever after. A busy browser takes longer to read
+# plotly's five megabytes, and the figure would stand still; so what anywidget waits for is this, which reads them.
 # Plotly's view listens to its model for good. After its cell is run again the first view, gone from the page,
 # still hears of each update, fails in drawing it, and keeps the view that took its place from hearing of it.
-_LEAVE = """
+_ESM = """
 export default () => {
-  const widget = PLOTLY();
-  let shared, heard = null;  // the model; what the view that is being made listens to
+  let shared, plotly, heard = null;  // the model; plotly's widget, once it is read; what the view being made listens to
+  const read = async () => {
+    const script = URL.createObjectURL(new Blob([shared.get("_script")], { type: "text/javascript" }));
+    const widget = (await import(script)).default();
+    URL.revokeObjectURL(script);
+    widget.initialize({ model: {
+      get: (name) => shared.get(name),
+      set: (name, value) => shared.set(name, value),
+      save_changes: () => shared.save_changes(),
+      on: (event, handler) => { shared.on(event, handler); heard?.push([event, handler]); },
+    } });
+    return widget;
+  };
   return {
     initialize({ model }) {
       shared = model;
-      widget.initialize({ model: {
-        get: (name) => model.get(name),
-        set: (name, value) => model.set(name, value),
-        save_changes: () => model.save_changes(),
-        on: (event, handler) => { model.on(event, handler); heard?.push([event, handler]); },
-      } });
+      plotly = read();
     },
-    render({ model, el }) {
-      const own = (heard = []);
+    async render({ model, el }) {
+      const widget = await plotly, own = (heard = []);
       const remove = widget.render({ model, el });
       heard = null;
       return () => { own.forEach(([event, handler]) => shared.off(event, handler)); remove(); };
@@ -50,17 +59,6 @@ export default () => {
 """
 
 
-def _bundle() -> str:
-    """Plotly's JavaScript with views that stop listening when they leave the page; as it is, if it is unlike."""
-    code = (Path(plotly.__file__).parent / "package_data" / "widgetbundle.js").read_text("utf-8")
-    exports = list(re.finditer(r"export\s*\{([^{}]*?),?\s*([\w$]+) as default\s*\};?", code[-20_000:]))
-    if len(exports) != 1:
-        return code
-    found, start = exports[0], len(code) - 20_000
-    return (code[: start + found.start()] + f"export {{{found[1]}}};" + _LEAVE.replace("PLOTLY", found[2])
-            + code[start + found.end() :])
-
-
 class PanelFigure(go.FigureWidget):
     """A FigureWidget that says when a browser has drawn it, and what part of the step axis a person looks at.
 
@@ -68,7 +66,8 @@ class PanelFigure(go.FigureWidget):
     meanwhile, and must be held by whoever sends.
     """
 
-    _esm = _bundle()
+    _esm = _ESM
+    _script = Unicode(_PLOTLY.read_text("utf-8")).tag(sync=True)
     _set_trace_uid = False  # the charts' own say what a trace is
     _js2py_traceDeltas = Dict(allow_none=True).tag(sync=True, echo_update=False, **custom_serializers)
 

@@ -4,6 +4,13 @@ from lab_server import until
 
 from moe_core.store import RunStore
 
+# A browser that takes longer to read plotly's script than anywidget waits for a widget.
+BUSY = """
+const address = URL.createObjectURL;
+URL.createObjectURL = (blob) => address.call(URL, blob.size < 1e6 ? blob : new Blob(
+    ["await new Promise((go) => setTimeout(go, 2500));", blob], {type: blob.type}));
+"""
+
 
 def points(page):
     """How many points the first expert's line has in the browser."""
@@ -21,6 +28,7 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     """The first notebook in a real page: Run All, turn, read where it took hold, pause, note, reload, go on."""
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
+    page.add_init_script(BUSY)
     run_notebook("01_workbench.ipynb")
     page.locator(".js-plotly-plot").wait_for(timeout=120_000)
     until(lambda: points(page) > 45, "lines that grow past the first chunk")
@@ -64,6 +72,11 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
     note = until(lambda: [e for e in store.read_events() if e["payload"].get("text") == "a <b>bold</b> note & more"],
                  "the note in the store")
     assert note[0]["step"] == at == store.last_step()
+
+    layer = page.locator(".moe-run select")
+    layer.press("ArrowDown")  # and not the notebook's cursor
+    until(lambda: "layer 0" in page.locator(".moe-charts").inner_text(), "the layer that the keyboard chose")
+    layer.press("ArrowUp")
 
     page.locator('.jp-NotebookPanel-toolbar [data-command="docmanager:save"]').click()
     page.locator(".jp-mod-dirty").wait_for(state="detached")
