@@ -45,7 +45,11 @@ export default {
       figure?.setAttribute("aria-label", "Charts of the run");
     };
     const names = new MutationObserver(name);
-    const focusin = (event) => say("focus", rows().indexOf(event.target.closest(".moe-knob")));
+    const focusin = ({ target }) => {
+      // JupyterLab would take arrows and letters that are meant for a list as commands to the notebook.
+      if (target.matches("select")) target.dataset.lmSuppressShortcuts = "true";
+      say("focus", rows().indexOf(target.closest(".moe-knob")));
+    };
     const focusout = () => say("focus", -1);
     // An element is placed after it is rendered; its first size says that it is in the page.
     const size = new ResizeObserver(([entry]) => {

@@ -105,7 +105,8 @@ def written_html(inspection: Inspection, layer: int, n_prompt: int) -> str:
 
 def _radio(uid: str, group: str, value: int | str, checked: bool, words: str, title: str, style: str = "") -> str:
     name = f"{uid}-{group}{value}"
-    data = f' data-layer="{value}"' if group == "i" else ""
+    data = ' data-lm-suppress-shortcuts="true"'  # JupyterLab would take their arrow keys as commands to the notebook
+    data += f' data-layer="{value}"' if group == "i" else ""
     return (f'<input type="radio" class="{group}{value}" name="{uid}-{group}" id="{name}"{data}'
             f'{" checked" * checked} aria-label="{title}"><label for="{name}" title="{title}"{style}>{words}</label>')
 
