@@ -196,8 +196,8 @@ def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, 
             _line("entropy", metrics.index, _column(metrics, of_entropy), BLUE, limit, "entropy %{y:.3f} nats"),
             _line("top1-p", metrics.index, _column(metrics, of_top1), ORANGE, limit, "top-1 probability %{y:.3f}",
                   yaxis="right")),
-        x={"title": STEP}, y={"title": "entropy (nats)", "range": [0, 1.08 * most or 1]},
-        right={"title": "probability", "range": [0, 1.08]}, rules=((most, f"ln {n_experts}"),), bands=bands)
+        x={"title": STEP}, y={"title": "entropy (nats)", "range": [0, 1.12 * most or 1]},
+        right={"title": "probability", "range": [0, 1.12]}, rules=((most, f"ln {n_experts}"),), bands=bands)
 
 
 def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limit: int = POINTS,
