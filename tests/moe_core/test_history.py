@@ -126,6 +126,25 @@ def test_undo_goes_back_chunk_by_chunk_without_training(tiny_run, taken):
     assert rows(run)["train/loss"].equals(rows(run, "main")["train/loss"][:3])
 
 
+def test_snapshots_are_the_newest_that_memory_holds(monkeypatch):
+    """Copies of their own; one that is there is not made again but is the newest then; the oldest make room."""
+    monkeypatch.setattr(snapshots, "SNAPSHOT_BYTES", 1200)
+    kept, state = snapshots.Snapshots(), {"deep": [{"w": torch.zeros(100)}]}  # 400 bytes
+
+    def at_hand():
+        return [(s.branch, s.step, s.state["deep"][0]["w"][-1].item()) for s in kept]
+    for branch, step in ((1, 1), (1, 2), (2, 2)):
+        kept.take(branch, step, state)
+        state["deep"][0]["w"] += 1
+    assert at_hand() == [(1, 1, 0), (1, 2, 1), (2, 2, 2)]
+    kept.take(1, 1, state)
+    assert at_hand() == [(1, 2, 1), (2, 2, 2), (1, 1, 0)]
+    kept.take(1, 3, state)
+    assert at_hand() == [(2, 2, 2), (1, 1, 0), (1, 3, 3)]
+    kept.take(1, 4, {"deep": [{"w": torch.zeros(1000)}]})
+    assert at_hand() == [(1, 4, 0)]
+
+
 def test_no_step_is_taken_twice_where_memory_holds_one_state_alone(tiny_run, taken, monkeypatch):
     """As with every large model: undo, back to the tip and two choices from one step start from what memory has."""
     monkeypatch.setattr(snapshots, "SNAPSHOT_BYTES", 1)

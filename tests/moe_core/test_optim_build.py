@@ -39,6 +39,25 @@ def test_every_parameter_is_in_exactly_one_group_of_its_rule(name, optimizer):
         assert group["weight_decay"] == (decay if p.ndim > 1 else 0.0), path
 
 
+def test_every_setting_of_a_group_is_its_own_field_of_the_config():
+    """Numbers that are all different; Sophia's bs counts the predictions of one micro-batch, as its passes do."""
+    muon = dict(muon_lr=0.02, muon_wd=0.03, muon_momentum=0.8, muon_scale="match_rms_adamw", muon_dtype="float32",
+                starved_experts="skip")
+    sophia = dict(sophia_lr=0.004, sophia_wd=0.05, sophia_b1=0.6, sophia_b2=0.7, sophia_rho=0.08, sophia_eps=1e-9)
+    adamw = dict(learning_rate=0.0011, weight_decay=0.12, beta1=0.83, beta2=0.94)
+    batch = dict(batch_size=3, gradient_accumulation_steps=5, block_size=7)
+    expected = {
+        "muon": dict(peak_lr=0.02, weight_decay=0.03, momentum=0.8, scale="match_rms_adamw", ns_dtype="float32",
+                     starved="skip"),
+        "sophia": dict(peak_lr=0.004, weight_decay=0.05, betas=(0.6, 0.7), rho=0.08, eps=1e-9, bs=21),
+        "adamw": dict(peak_lr=0.0011, weight_decay=0.12, betas=(0.83, 0.94), eps=1e-8)}
+    for optimizer in OPTIMIZERS:
+        config, model = meta_model("nano", optimizer=optimizer, **muon, **sophia, **adamw, **batch)
+        for group in build_optimizer(config.optim, model).param_groups:
+            wanted = expected[group["rule"]] | ({"weight_decay": 0.0} if group["name"] == "vectors" else {})
+            assert {name: group[name] for name in wanted} == wanted, (optimizer, group["name"])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_biases_are_vectors_and_a_dense_block_beside_routed_ones_is_an_mlp(optimizer):
     """No bias decays or goes to Muon, the experts' stacks of them included; dense matrices are a group of their own."""

@@ -1,5 +1,6 @@
 """The optimizers in a trainer: the Hessian pass, the groups' metrics, starved experts, resuming."""
 
+import copy
 import io
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from moe_core.data import Batches, load_tokens
 from moe_core.knobs import Knobs
+from moe_core.model import RouterControls
 from moe_core.optim import lr_shape, sampled_gradients
 from moe_core.trainer import NonFiniteError, Trainer
 
@@ -55,6 +57,35 @@ def test_a_hessian_pass_leaves_a_twin_runs_numbers_unchanged_to_the_bit(make):
         assert row(plain) == row(passing)
     assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), passing.model.parameters(), strict=True))
     assert torch.equal(torch.get_rng_state(), stream)
+
+
+def test_a_step_by_hand_is_the_trainers(make):
+    """Micro-batches, clipping by the norm of every gradient, the estimate at these weights, this step's rate, then the
+    update: on a copy, to the bit.
+    """
+    trainer = make(optimizer="muon_sophia", sophia_k=1, grad_clip=0.1, gradient_accumulation_steps=2)
+    trainer.step()
+    model, optimizer = copy.deepcopy((trainer.model, trainer.optimizer))
+    noise, labels = trainer.noise.clone_state(), trainer.labels.clone_state()
+    place, t = trainer.train.state_dict(), {name: torch.tensor(knob.at(2)) for name, knob in trainer.knobs.items()}
+    controls = RouterControls(t["router_temp"], t["router_noise_std"], None)
+    optimizer.zero_grad()
+    for _ in range(2):
+        window = trainer.train.next()
+        losses = model(window[:, :-1], window[:, 1:], controls=controls, generator=noise).losses
+        loss = losses["ce"] + t["load_balance_alpha"] * losses["balance"] + t["router_z_loss_coef"] * losses["z"]
+        (loss / 2).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.update_hessian(
+        sampled_gradients(model, window[:, :-1], controls, labels, optimizer.hessian_params()))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_shape(trainer.config.optim, 2)
+    optimizer.step()
+
+    trainer.train.load_state_dict(place)
+    assert norm > 0.1 and row(trainer)["grad/norm"] == norm
+    for name, p in model.named_parameters():
+        assert torch.equal(p, trainer.model.get_parameter(name)), name
 
 
 def test_the_pass_runs_when_it_is_due_on_what_needs_it(make):
