@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -108,7 +107,6 @@ def compare(args, config, device, dtype, about) -> Iterator[dict]:
                 first = first or turns[0]
                 yield _row(turns[-1], turns[0], peak)
             del side, both, turns
-            gc.collect()
     if first is None:
         raise ValueError("no side took all its steps")
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from moe_core.provenance import gather
+
 
 @dataclass
 class Side:
@@ -50,6 +52,9 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
     """The sides that can be made and take ``warmup`` steps here; of the others ``say`` hears why not."""
     sides = []
     for name, make in makers.items():
+        gc.collect()  # the side before this one; of one that failed, the error held on to it
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         began = time.perf_counter()
         try:
             held = held_bytes(device)
@@ -61,9 +66,6 @@ def built(makers: Mapping[str, Callable[[], Side]], device: torch.device, warmup
             side.peak_bytes = peak_bytes(side.step, device, held)
         except Exception as error:  # whatever an optional peer raises, the table goes on without it
             say(f"{name}: left out, {_why(error)}")
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
             continue
         sides.append(side)
     return sides
@@ -174,9 +176,7 @@ def _best(work: Callable[[], object], device: torch.device, times: int = 7) -> f
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What the figures belong to."""
-    import transformers
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(),
+            "transformers": gather(device)["versions"].get("transformers", "none"), "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d")}

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -80,6 +81,15 @@ def test_when_the_time_is_over_the_rows_so_far_stand_and_the_rest_is_named(tmp_p
                            "--json", str(out)))
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["ours grouped"]
     assert "ours grouped again: left out, the 0 minutes are over" in capsys.readouterr().out
+
+
+def test_where_the_peers_library_is_missing_ours_are_timed(monkeypatch, capsys):
+    """A GPU box may have torch alone: one line says what is left out."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    command.main(arguments("--batch-size", "1", "--block-size", "16", "--only", "ours dense,Mixtral"))
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("ours dense ") for line in said) == 1
+    assert sum(line.startswith("Mixtral grouped_mm: left out, ModuleNotFoundError") for line in said) == 1
 
 
 def test_the_dense_side_spends_what_the_routed_side_spends(tiny):
