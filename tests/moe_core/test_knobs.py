@@ -1,6 +1,6 @@
 import pytest
 
-from moe_core.knobs import KnobError, Knobs, check_turn
+from moe_core.knobs import KNOBS, KnobError, Knobs, check_turn
 from moe_core.optim import lr_shape
 from moe_core.presets import preset
 
@@ -69,11 +69,14 @@ def test_a_model_has_only_the_knobs_that_act_on_it():
     (("lr_scale", "ramp", 1.0), "lr_scale: over = None: must be an integer, at least 1"),
     (("lr_scale", "wobble", 1.0), "lr_scale: mode = 'wobble': must be 'follow', 'hold' or 'ramp'"),
     (("lr_scale", "follow", 1.0), "lr_scale: follow takes no value"),
+    (("lr_scale", "follow", None, 5), "lr_scale: follow takes no value"),
+    (("lr_scale", "hold", True), "lr_scale = True: must be a number from 0 to 100"),
 ])
 def test_a_wrong_turn_is_refused_in_one_line(turn, line):
     with pytest.raises(KnobError) as refused:
         check_turn(*turn)
     assert str(refused.value).startswith(line)
+    check_turn(turn[0], "hold", KNOBS[turn[0]].low), check_turn(turn[0], "ramp", KNOBS[turn[0]].high, 1)  # both are in
 
 
 def test_the_rate_warms_up_linearly_then_falls_as_a_cosine_to_its_floor():
