@@ -62,15 +62,15 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
 
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict[str, Any]:
     """The state in ``path``, its tensors on ``device``. Raises CheckpointError where it is not whole."""
-    header, tensors = _read(path, device)
-    with _damage(path):
-        return _decode(json.loads(header["state"]), tensors)
+    with damage(path):
+        header, tensors = _read(path, device)
+        return dict(_decode(json.loads(header["state"]), tensors))
 
 
 def about(path: str | os.PathLike) -> dict[str, Any]:
     """What :func:`save` was told about the state, without reading a tensor. Raises CheckpointError."""
-    with _damage(path):
-        return json.loads(_read(path, None)[0]["about"])
+    with damage(path):
+        return dict(json.loads(_read(path, None)[0]["about"]))
 
 
 def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -79,7 +79,7 @@ def _read(path: str | os.PathLike, device: torch.device | str | None) -> tuple[d
     try:
         with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
             header = file.metadata() or {}
-            if "state" not in header or not header.get("format", "").isdigit():
+            if "state" not in header or not header.get("format", "").isdecimal():
                 raise CheckpointError(f"{path}: not a checkpoint of a run")
             if int(header["format"]) > FORMAT:
                 raise CheckpointError(f"{path}: was written by a newer version (format {header['format']}, this one "
@@ -105,11 +105,11 @@ def _crc32(path: str | os.PathLike) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _damage(path: str | os.PathLike) -> Iterator[None]:
-    """A header that safetensors reads may still not be what was written."""
+def damage(path: str | os.PathLike) -> Iterator[None]:
+    """A header that safetensors reads may still not be what was written: then a CheckpointError."""
     try:
         yield
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
 
 

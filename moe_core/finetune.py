@@ -117,8 +117,9 @@ def _of_file(path: Path) -> Source:
     about, state = checkpoint.about(path), checkpoint.load(path)
     if "config" not in about:
         raise ConfigError(f"init_from = {str(path)!r}: must be a checkpoint of a run")
-    return Source(str(path), RunConfig.from_dict(about["config"]), state["model"], state["optimizer"],
-                  {"path": str(path.resolve()), "branch": about["branch"], "step": about["step"]})
+    with checkpoint.damage(path):
+        return Source(str(path), RunConfig.from_dict(about["config"]), state["model"], state["optimizer"],
+                      {"path": str(path.resolve()), "branch": about["branch"], "step": about["step"]})
 
 
 # ---- whether they fit ----------------------------------------------------------------------------------------
@@ -172,6 +173,9 @@ def fitted(config: RunConfig, source: Source, say: Callable[[str], None]) -> dic
     for name, shape in shapes(config).items():
         if name not in model:
             model[name] = torch.zeros(shape)
+        elif model[name].shape != shape:
+            raise ConfigError(f"{source.name}: is damaged: {name} is of shape {tuple(model[name].shape)}, and by its "
+                              f"config of {tuple(shape)}")
     left = {name: model.pop(name) for name in list(model) if name not in shapes(config)}
     if largest := max((float(bias.abs().max()) for bias in left.values()), default=0.0):
         say(f"router_bias = False: the router's biases in {source.name}, up to {largest:.3g}, are left out, and some "

@@ -195,7 +195,9 @@ class History:
         there, here = checkpoint.about(path).get("config"), self.store.config
         if there is None:
             raise CheckpointError(f"{path}: not a checkpoint of a run")
-        if (field := other_shape(there, here)) is not None:
+        with checkpoint.damage(path):
+            field = other_shape(there, here)
+        if field is not None:
             part = next(part for part, names in _SHAPES.items() if field in names)
             raise CheckpointError(f"{path}: is of another run: {field} = {there[part][field]!r} there and "
                                              f"{here[part][field]!r} here")

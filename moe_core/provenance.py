@@ -36,7 +36,7 @@ def gather(device: torch.device) -> dict[str, dict[str, str]]:
 def same_threads(store, device: torch.device, say: Callable[[str], None]) -> None:
     """Have torch take as many threads as the run in ``store`` was begun with: on a CPU a sum depends on them."""
     begun = (store.get_meta(META) or {}).get("hardware", {}).get("threads", "")
-    if device.type == "cpu" and begun.isdigit() and int(begun) != (now := torch.get_num_threads()):
+    if device.type == "cpu" and begun.isdecimal() and int(begun) != (now := torch.get_num_threads()):
         say(f"{store.path}: was begun with {begun} thread{'s' * (begun != '1')} and goes on with as many, so that its "
             f"numbers stay the same; this process had {now}")
         torch.set_num_threads(int(begun))

@@ -5,8 +5,12 @@ import json
 import sqlite3
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from moe_core import Run
+from moe_core import ConfigError, Run
+from moe_core.checkpoint import CheckpointError
 from moe_core.cli import main
 from moe_core.data.cache import cache_root
 from moe_core.store import RunStore, StoreError
@@ -108,3 +112,31 @@ def test_what_a_shell_shows_of_a_run_steers_no_terminal(tiny_run, capsys):
         main(words)
         said = "".join(capsys.readouterr()).replace("\n", "")
         assert said.isprintable() and "run" in said
+
+
+@pytest.mark.parametrize("part, value", [
+    ("state", "[" * 100_000), ("state", "[1]"), ("state", '{"items": []}'), ("state", '{"items": [["model", 1]]}'),
+    ("about", "[" * 100_000), ("about", "5"), ("about", '{"config": 5}'), ("about", '{"config": {}}'),
+    ("format", "²"), ("format", "9" * 5000), ("0", None),
+])
+def test_a_checkpoint_of_another_content_is_one_line_and_passed_over(tiny_run, tiny, tmp_path, part, value):
+    """Whoever begins with it, and the run in whose directory it lies; ``0`` is a tensor of another shape."""
+    run = tiny_run()
+    run.step(1)
+    run.close()
+    [path] = (run.path / "checkpoints").iterdir()
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del header["crc32"]
+    if value is None:
+        tensors[part] = torch.zeros(3)
+    else:
+        header[part] = value
+    save_file(tensors, path, metadata=header)
+    with pytest.raises((CheckpointError, ConfigError)) as refused:
+        Run.create(tmp_path / "child", tiny(), say=lambda line: None, init_from=path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    if value is not None and part == "about":
+        with contextlib.closing(Run.open(run.path)) as run:
+            run.step(1)
+            assert run.current_step == 2
