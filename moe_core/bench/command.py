@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
-    parser.add_argument("--minutes", type=float, default=7.0 if torch.cuda.is_available() else math.inf,
-                        help="after which no further side is begun (default: 7 on a GPU)")
+    parser.add_argument("--minutes", type=float, default=6.0 if torch.cuda.is_available() else math.inf,
+                        help="after which no further side is begun (default: 6 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--only", default="", help="sides whose name has one of these texts, with commas")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
