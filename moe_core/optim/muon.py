@@ -76,9 +76,10 @@ def _pieces(group: Group, state: State, found_inf: Tensor | None) -> Iterator[_P
         for part in zip(*(view.split(at_once) for view in views), strict=True):
             moves = applies
             if group["starved"] == "skip" and p.ndim == 3:
-                # A factor: to branch on it, the host would have to wait for the device. NaN is unequal to 0.
+                # A factor: to branch on it, the host would have to wait for the device. NaN is unequal to 0, and the
+                # gradient of a step that is withheld is 0.
                 norm = torch.linalg.vector_norm(part[1], math.inf, dim=(1, 2), keepdim=True)
-                moves = (norm != 0).to(p.dtype) * applies
+                moves = (norm != 0).to(p.dtype)
             yield _Piece(*part, update_scale(p, group["scale"]), moves)
 
 

@@ -134,6 +134,7 @@ def test_no_state_is_taken_while_a_step_is_under_way(make):
     with pytest.raises(RuntimeError, match=r"step 2 is under way; finish it with step\(\) first"):
         trainer.state_dict()
     trainer.load_state_dict(start)
+    assert not trainer.under_way and trainer.routed is None  # what was routed there was another step's
     assert measured(trainer.step()) == first
 
 

@@ -1,5 +1,6 @@
 """A step that is not finite, or does not fit, leaves the run as it was, says where, and can be followed by another."""
 
+import copy
 import math
 
 import pytest
@@ -157,6 +158,8 @@ def test_an_update_that_does_not_fit_sends_the_run_back_to_what_it_saved(tiny_ru
     assert run.session.state == "paused" and not trainer.whole
     with pytest.raises(RuntimeError, match=r"cut short.*load a saved state"):
         trainer.step()
+    trainer.load_state_dict(copy.deepcopy(twin._trainer.state_dict()))
+    assert trainer.whole
     for each in (run, twin):
         each.step(2)
     assert run.branch == "main"
