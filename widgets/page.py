@@ -124,9 +124,10 @@ _CSS = """
 .moe-groups { font-size: var(--jp-ui-font-size1); color: var(--jp-ui-font-color1);
   font-variant-numeric: tabular-nums; }
 .moe-knob { display: grid !important; align-items: center; gap: 0 10px; overflow: hidden;
-  grid-template-columns: minmax(206px, 1fr) 74px 78px 70px minmax(322px, 1.1fr);
+  grid-template-columns: minmax(200px, 1fr) 74px 78px 70px minmax(350px, 1.1fr);
   --jp-widgets-inline-height: 24px; }
 .moe-knob > * { margin: 2px 0; width: auto; min-width: 0; }
+.moe-knob input:not(:hover) { -moz-appearance: textfield; }  /* Firefox' arrows take the room of two digits */
 .moe-knob .widget-slider .widget-label { width: 134px; text-align: left; color: var(--jp-ui-font-color1); }
 .moe-knob-says { display: grid; grid-template-columns: minmax(76px, max-content) minmax(102px, max-content) 1fr;
   gap: 0 8px;
@@ -145,7 +146,7 @@ _CSS = """
 .moe-log { max-height: 108px; overflow-y: auto; font-family: var(--jp-code-font-family);
   font-size: 11px; line-height: 1.5; color: var(--jp-ui-font-color2); }
 .moe-log div { display: grid; grid-template-columns: 64px 1fr; overflow-wrap: anywhere; }
-@container (max-width: 800px) {
+@container (max-width: 815px) {
   .moe-knob { grid-template-columns: minmax(200px, 1fr) 74px 78px 72px; padding: 2px 0; }
   .moe-knob-text { grid-column: 1 / -1; }
   .moe-knob-says { padding-left: 132px; }
