@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from plotly.offline import get_plotlyjs
 
-from widgets.figures import NOT_OFFERED
+from widgets.figures import LEFT, NOT_OFFERED
 from widgets.rendered import note_html
 from widgets.report_blocks import (
     Bullets,
@@ -37,15 +37,18 @@ from widgets.spark import spark
 USUAL = ("knob", "note", "checkpoint", "branch", "imported", "ok", "watch", "alarm")  # other kinds of entry went wrong
 
 # Draws every chart in the width that it has. A page that is printed is laid out anew without telling its charts: they
-# are drawn in the width of paper before, and as they were behind it.
+# are drawn in the width of paper before, with the room for numbers that they were laid out with, and as they were
+# behind it.
 OPTIONS = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": NOT_OFFERED}
-DRAW = f"const options = {json.dumps(OPTIONS)};" + """
+DRAW = f"const options = {json.dumps(OPTIONS)}, LEFT = {LEFT};" + """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const {data, layout} = JSON.parse(document.getElementById("chart-" + figure.dataset.chart).textContent);
+  figure.firstElementChild.left = layout.xaxis.domain[0];
   Plotly.newPlot(figure.firstElementChild, data, layout, options);
 }
-const fit = (size) => document.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.relayout(plot, size));
-addEventListener("beforeprint", () => fit({autosize: false, width: 660}));
+const fit = (size, left) => document.querySelectorAll(".js-plotly-plot").forEach((plot) =>
+  Plotly.relayout(plot, {...size, "xaxis.domain[0]": left ?? plot.left}));
+addEventListener("beforeprint", () => fit({autosize: false, width: 660}, LEFT / 660));
 addEventListener("afterprint", () => fit({autosize: true, width: null}));
 """
 

@@ -34,7 +34,7 @@ font-variant-numeric:tabular-nums}
 table{border-collapse:collapse;font-size:13.5px;line-height:1.45;min-width:min(100%,420px)}
 th{font-weight:600;text-align:left;color:var(--soft);font-size:12.5px;vertical-align:bottom}
 th,td{padding:5px 18px 5px 0;border-bottom:1px solid var(--line)}
-td{vertical-align:middle;max-width:56ch;overflow-wrap:anywhere}
+td{vertical-align:middle;max-width:56ch;overflow-wrap:break-word}
 td code,th code{white-space:pre}td code.long{white-space:pre-wrap}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .state{color:var(--own);font-weight:600;white-space:nowrap}
@@ -65,7 +65,7 @@ footer{margin-top:56px;color:var(--soft);font-size:12.5px}
 body{font-size:10.5pt;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 main{max-width:none;padding:0}nav{display:none}
 h2{margin-top:26px}h2,h3,h4{break-after:avoid}
-figure,tr,.tile,pre{break-inside:avoid}.scroll{overflow:visible}
+figure,tr,.tile,pre{break-inside:avoid}.scroll{overflow:visible}td{overflow-wrap:anywhere}
 .pictures{gap:10px 12px}table{font-size:8.5pt}th,td{padding:3px 9px 3px 0}
 code,pre{font-size:8.5pt}td code,th code{white-space:pre-wrap;background:none;padding:0}
 .moe-spark{width:110px;height:auto}.tiles{grid-template-columns:repeat(5,1fr);gap:8px}.tile{padding:8px 10px}

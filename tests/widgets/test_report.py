@@ -12,7 +12,7 @@ from moe_core.gates import GateError
 from moe_core.model import Transformer
 from moe_core.old_logs import import_log
 from widgets import compare, report
-from widgets.figures import panel_figure
+from widgets.figures import LEFT, panel_figure
 from widgets.record import Record
 from widgets.rendered import note_html, note_markdown
 from widgets.report import ReportError
@@ -70,12 +70,16 @@ def test_a_report_with_hostile_notes_and_names_is_inert_and_whole(told_run, tmp_
         charts = page.locator("figure[data-chart]").count()
         page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot').length === {charts}")
         text = page.locator("body").inner_text()
+        edges = "plots => plots.map(p => [p._fullLayout.width, p._fullLayout.xaxis.domain[0]])"
+        before = page.eval_on_selector_all(".js-plotly-plot", edges)
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
-        widths = page.eval_on_selector_all(".js-plotly-plot", "plots => plots.map(p => p._fullLayout.width)")
+        printed = page.eval_on_selector_all(".js-plotly-plot", edges)
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.eval_on_selector_all(".js-plotly-plot", edges) == before
         assert page.title() == NAME and page.locator("script:not([type])").count() == 2
         assert page.locator(".entry img, .entry script, .entry b").count() == 0
     assert heard == []
-    assert charts == 7 and set(widths) == {660}
+    assert charts == 7 and {(width, round(width * left)) for width, left in printed} == {(660, LEFT)}
     for words in (HOSTILE.split("\n")[0], "<b>fenced</b>", "</script><script>alert(2)</script>", "😀 the end",
                   "half ? a character",
                   "run </script><script>alert('name')</script> \"''|*_ 😀", "a 'quoted' <b> run",
