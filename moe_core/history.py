@@ -128,7 +128,7 @@ class History:
             if re.fullmatch(draft, file.name):
                 file.unlink(missing_ok=True)
             elif file.suffix == checkpoint.SUFFIX and (path := f"{FOLDER}/{file.name}") not in known:
-                with contextlib.suppress(CheckpointError):  # not ours, or cut short: left as it is
+                with contextlib.suppress(CheckpointError), checkpoint.damage(file):  # not ours, or cut short: left
                     about = checkpoint.about(file)
                     ours = about.get("run") == self.store.get_meta("created")
                     if ours and about["step"] <= last.get(about["branch"], -1):

@@ -28,7 +28,7 @@ import numpy as np
 
 from moe_core.storage import access
 from moe_core.storage.access import StoreError, as_store_error
-from moe_core.storage.rows import Branch, Checkpoint, Steps, decode, pack_metrics, to_json
+from moe_core.storage.rows import Branch, Checkpoint, Steps, decode, pack_metrics, to_json, written
 from moe_core.storage.schema import MAIN, STEP_BITS, STEP_MAX, lineage_sql
 
 __all__ = ["Branch", "Checkpoint", "RunStore", "Steps", "StoreError"]
@@ -178,7 +178,7 @@ class RunStore:
 
         Refused: a name that is taken, a ``fork_step`` that ``parent`` has not reached.
         """
-        known = {branch.id: branch.name for branch in self.branches()}
+        known, name = {branch.id: branch.name for branch in self.branches()}, written(name)
         if name in known.values():
             raise StoreError(f"{self.path}: there is a branch {name!r} already")
         last = self.last_step(parent)
@@ -193,7 +193,7 @@ class RunStore:
     def add_checkpoint(self, branch_id: int, step: int, name: str | None, path: str) -> int:
         """Enter a state that was saved under ``path`` (relative to the run); returns its id."""
         return self._insert("INSERT INTO checkpoints(branch, step, name, path, created) VALUES (?, ?, ?, ?, ?)",
-                            (branch_id, index(step), name, path, clock.time()))
+                            (branch_id, index(step), name and written(name), path, clock.time()))
 
     def drop_checkpoint(self, checkpoint_id: int) -> None:
         """Take a checkpoint off the list; its file is the caller's."""

@@ -49,9 +49,9 @@ def source_files(data: DataConfig) -> list[Path]:
                             f"give the path of {_LISTED} files")
         return files
     path = Path(data.dataset_name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         every = list(_walk(path, lambda name: name.startswith(".")))
-    elif path.exists():
+    elif os.path.exists(path):  # and not path.exists(), which raises for what is no path: the text itself, say
         every = [path]
     else:
         found = sorted(glob.glob(str(path), recursive=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def adopted(tokenizer: Pretrained) -> Path:
 def found(name: str) -> str:
     """``name``; where it is a folder of :func:`adopted` in a cache that is not here, the same in this cache."""
     path = Path(name)
-    if path.exists() or path.parts[-3:-1] != (cache_root().name, "tokenizers"):
+    if os.path.exists(path) or path.parts[-3:-1] != (cache_root().name, "tokenizers"):
         return name
     return str(cache_root() / "tokenizers" / path.name)
 

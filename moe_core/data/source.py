@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -68,7 +68,7 @@ def kind_of(data: DataConfig) -> str:
         return "embedded"
     if name.lower().endswith(ARRAYS):
         return "array"
-    if Path(name).expanduser().exists() or name.lower().endswith((*FILES, *_OTHER_FILES)):
+    if os.path.exists(os.path.expanduser(name)) or name.lower().endswith((*FILES, *_OTHER_FILES)):
         return "files"
     return "hub" if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else "files"
 

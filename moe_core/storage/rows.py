@@ -123,6 +123,11 @@ def to_json(value: Any) -> str:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except ValueError:
         text = json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+    return written(text)
+
+
+def written(text: str) -> str:
+    """Text as a file can hold it, half a character as a question mark."""
     return text.encode(errors="replace").decode()
 
 

@@ -139,9 +139,12 @@ def test_what_a_crash_in_a_save_left_is_mended(tiny_run):
     for draft in (f".{kept.name}.12345", ".tmpa1B2c3"):  # ours, and that of the library which writes it
         (folder / draft).write_bytes(kept.read_bytes()[:1000])
     (folder / "mine.safetensors").write_bytes(b"not a checkpoint")
+    about = checkpoint.about(kept) | {"step": "two"}
+    checkpoint.save(folder / "odd.safetensors", {}, about)
     with_it = mc.Run.open(run.path)
     assert [c.path for c in with_it.store.checkpoints() if c.name == "kept"] == [f"checkpoints/{kept.name}"]
-    assert not list(folder.glob(".*")) and (folder / "mine.safetensors").exists()
+    assert not list(folder.glob(".*")) and (folder / "mine.safetensors").exists() and (
+        folder / "odd.safetensors").exists()
     with_it.close()
 
 

@@ -277,6 +277,7 @@ def test_reading_files_is_offline_and_silent_and_leaves_nothing(docs, tmp_path):
 
 BAD = {  # name: the corpus in a folder, the field at fault, what the line says
     "missing": (lambda at: at / "none.txt", "dataset_name", "no such file or folder"),
+    "the text itself": (lambda at: "It was a dark night. " * 500, "dataset_name", "no such file or folder"),
     "no file": (lambda at: at, "dataset_name", "must hold .txt"),
     "unknown kind": (lambda at: save(at / "a.pdf", b"text"), "dataset_name", "found .pdf"),
     "blank file": (lambda at: save(at / "a.txt", b" \n"), "dataset_name", "every document"),

@@ -188,6 +188,13 @@ def test_a_branch_that_cannot_be_is_refused(store, wrong, words):
 # ---- SQL -------------------------------------------------------------------------------------------------
 
 
+def test_half_a_character_in_a_name_is_a_question_mark(store):
+    """As in a note: no file of text can hold it, and no name keeps a run from being opened."""
+    store.add_branch("half \ud83d", 1, 0)
+    store.add_checkpoint(1, 0, "half \ud83d", "checkpoints/x")
+    assert store.branches()[-1].name == store.checkpoints()[-1].name == "half ?"
+
+
 def test_the_views_decode_as_numpy_does(store, rng):
     """points and experts give every float32 exactly: signs, subnormals, extremes, infinities; NaN is NULL."""
     values = any_floats(rng, 1200).reshape(30, 40)
