@@ -95,10 +95,33 @@ def test_the_other_choice_differs_from_its_own_step_on(tiny_run):
     assert run.knobs["router_temp"].mode == "follow"
     run.step(1)
     assert (run.branch, run.current_step) == ("main", 9)
+    run.knobs["lr_scale"].hold(0.7)  # from step 10 on
+    run.switch("hot")
+    run.rewind(2)
+    assert run.knobs["lr_scale"].mode == "follow"
+    assert list(run.branches()["parent"])[1:] == ["main", "main"]  # whose step 2 is
+    run.switch("main")
+    assert run.knobs["lr_scale"].mode == "hold"
     with pytest.raises(ValueError, match="name = 'hot': there is a branch of that name already"):
         run.rewind(2, name="hot")
     with pytest.raises(ValueError, match="step = 10: must be a step of this line, 0 to 9"):
         run.rewind(10)
+    run.switch("hot")
+    run.close()
+    again = mc.Run.open(run.path)
+    assert (again.branch, again.current_step) == ("hot", 8)
+    again.close()
+
+
+def test_a_way_back_that_fails_leaves_the_run_where_it_stood(tiny_run, monkeypatch):
+    """It raises half-way, between two steps' states; training goes on from the tip as if nothing had been."""
+    run, alone = tiny_run(), tiny_run("alone")
+    run.step(3), run.step(3), alone.step(7)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(mc.Trainer, "step", lambda self, *how: 1 / 0)
+        run.rewind(5)
+    run.step(1)
+    assert run.branch == "main" and rows(run).equals(rows(alone))
 
 
 @pytest.fixture

@@ -164,6 +164,7 @@ def test_a_turn_acts_after_a_step_whose_row_waits_for_the_disk(tiny_run, monkeyp
     run.step(2)
     turn = run.events().query("kind == 'knob'").iloc[0]
     assert turn.step == 4 and list(run.metrics()["router/temp"][[3, 4]] == 3.0) == [False, True]
+    assert run._trainer.steps_done == run.current_step == 4
     assert (run.replay()["largest"] == 0).all()
 
 

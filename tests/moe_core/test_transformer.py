@@ -87,6 +87,13 @@ def test_losses_of_one_layer_do_not_hide_in_the_mean():
     assert output.stats.demand_E.argmax(-1).tolist() == [0, 1, 2]
 
 
+def test_the_sequence_loss_is_of_the_batchs_own_sequences():
+    """Layer by layer the mean of the balance losses that each has by itself."""
+    model, (tokens, targets) = lively().eval(), batch()
+    each = torch.stack([model(*one).balance_L for one in zip(tokens.split(1), targets.split(1), strict=True)])
+    torch.testing.assert_close(model(tokens, targets).sequence_L, each.mean(0))
+
+
 def test_dense_model_has_one_loss_and_no_statistics():
     """Without experts there is the cross-entropy alone, and no noise is drawn."""
     generator = rng()
