@@ -69,6 +69,7 @@ def test_the_experiment_notebook_ends_in_a_report(tmp_path):
         assert [branch.name for branch in store.branches()] == ["main", "A-210", "B-210"]
         assert store.last_step(2) == 300
         found = effects(store, MAIN, window=80).set_index("metric")
+        reached = (store.read_steps(2).column("val/loss") < 5.0).any()  # 4.4 with 3.11, 4.97 with 3.14
     assert set(found["step"]) == {121} and found.loc["router/entropy_mean", "stands_out"]
     assert found.loc["router/entropy_mean", "high"] < 0 < found.loc["router/top1_p_mean", "low"]
     report = (folder / "report.html").read_text()
@@ -76,7 +77,7 @@ def test_the_experiment_notebook_ends_in_a_report(tmp_path):
                   "val/loss &lt; 5.0 by 300", "Snapshot at 120."):
         assert words in report, words
     checklist = next(cell for cell in notebook.cells if "gates.check" in cell.source).outputs[0].text
-    assert checklist.splitlines()[0].startswith("passed       val/loss < 5.0 by 300")
+    assert checklist.splitlines()[0].startswith(f"{'passed' if reached else 'failed':12} val/loss < 5.0 by 300")
     assert "not reached  val/loss < 3.0 by 2000" in checklist
 
 
