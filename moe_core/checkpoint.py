@@ -41,7 +41,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
               "crc32": _UNSUMMED}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # and none above it: a run that was moved or deleted does not come back
         save_file(tensors, draft, metadata=header)
         at, crc = _crc32(draft)
         with open(draft, "rb+") as file:

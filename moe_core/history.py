@@ -92,7 +92,7 @@ class History:
         known = [c for c in self.store.checkpoints() if (c.branch, c.step, c.name) == (branch, step, name)]
         if known:
             return known[-1]  # the state after a step of a branch never changes
-        label = "" if name is None else "-" + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "named")
+        label = "" if name is None else "-" + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "named")
         taken = {c.path for c in self.store.checkpoints()}
         path = next(p for n in range(1, len(taken) + 2)
                     if (p := f"{FOLDER}/{branch}-{step:08d}{label}{'' if n == 1 else f'-{n}'}{checkpoint.SUFFIX}")

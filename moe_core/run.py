@@ -67,6 +67,10 @@ def _close_all() -> None:
             print(f"{run.path}: was not closed as it should be: {error}")
 
 
+if hasattr(os, "register_at_fork"):  # the run stays with the process that opened it
+    os.register_at_fork(after_in_child=_open_runs.clear)
+
+
 def _known(source):
     """The open run that a path is of, whose weights are newer than its files; else ``source`` itself."""
     return _open_runs.get(Path(source).resolve(), source) if isinstance(source, str | os.PathLike) else source

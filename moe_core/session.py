@@ -9,6 +9,7 @@ be under way when a command comes; it ends first.
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -29,6 +30,10 @@ def _close_all() -> None:
     """A step cut short by the interpreter's end would crash in native code; let each finish its own."""
     for session in list(_alive):
         session.close()
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of the threads, and must not wait for them at its end
+    os.register_at_fork(after_in_child=_alive.clear)
 
 
 @dataclass(frozen=True)

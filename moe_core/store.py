@@ -51,7 +51,7 @@ class RunStore:
         """For :meth:`create` and :meth:`open`; a store with the writer's ``lock`` can write."""
         self.path = path
         self._lock = lock
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         self._pool = threading.Lock()  # of the next line
         self._idle: list[sqlite3.Connection] = []  # read connections that no thread is using
         self._keep = os.access(path, os.W_OK)  # elsewhere a connection may be blind to what comes later
@@ -216,7 +216,7 @@ class RunStore:
 
     def _writable(self, branch_id: int) -> tuple[sqlite3.Connection, int]:
         """The write connection, and the last step that the branch inherits."""
-        if self._writer is None:
+        if self._writer is None or self._pid != os.getpid():  # a forked child would be a second writer
             raise StoreError(f"{self.path}: is {'closed' if self._closed else 'open for reading only'}")
         if branch_id not in self._forks:
             raise StoreError(f"{self.path}: branch_id = {branch_id!r}: there is no such branch")

@@ -15,6 +15,8 @@ import torch
 
 import moe_core as mc
 from moe_core import checkpoint
+from moe_core.run import _open_runs
+from moe_core.session import _alive
 
 # Forks a child for each moment, so that torch is imported once. A child opens the run, trains, saves and branches
 # until it is killed; what it says goes to a file that outlives it.
@@ -193,3 +195,34 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     save_file({"0": torch.zeros(1)}, path, metadata={"format": "99", "about": "{}", "state": '{"items": []}'})
     with pytest.raises(checkpoint.CheckpointError, match=r"newer version \(format 99, this one knows"):
         checkpoint.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_leaves_the_run_to_its_parent(tiny_run):
+    """It writes nothing, closes nothing at its end, and cannot open the run; the parent goes on."""
+    run = tiny_run()
+    run.step(1)
+    child = os.fork()
+    if not child:
+        refused = 0
+        for ask in (lambda: run.note("of the child"), lambda: mc.Run.open(run.path)):
+            try:
+                ask()
+            except mc.StoreError:
+                refused += 1
+        os._exit(0 if refused == 2 and not _open_runs and not _alive else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    run.step(1)
+    assert run.current_step == 2 and "note" not in set(run.events()["kind"])
+
+
+def test_a_run_that_was_deleted_does_not_come_back(tiny_run):
+    """A save says that its place is gone, and makes no folder in it; a name of any letters is a file's before that."""
+    run = tiny_run()
+    run.step(1)
+    run.checkpoint("\U0001d400" * 100)
+    shutil.rmtree(run.path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"not saved.*No such file"):
+        run.checkpoint("later")
+    run.close()
+    assert not run.path.exists()
