@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -90,6 +91,8 @@ def test_the_other_choice_differs_from_its_own_step_on(tiny_run):
     run.step(4)
     main, hot = rows(run, "main")["train/loss"], rows(run, "hot")["train/loss"]
     assert (main[:4] == hot[:4]).all() and (main[4:] != hot[4:]).all()
+    of_main = {s.step for s in run.history.states(2, 8) if s.branch == 1}
+    assert {s.step for s in run.history.snapshots if s.branch == 1} == {0, 4, 8} and of_main == {0, 4}
     assert list(run.events("main")["kind"]) == []
     run.switch("main")
     assert run.knobs["router_temp"].mode == "follow"
@@ -212,7 +215,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     gate.set()
     run.session.wait()
     (saved,) = run.store.checkpoints()
-    assert saved.step == 3
+    assert saved.step == 3 and run.history.settle() is None  # what it had to say was heard once
     run.step(1)
     run.history.snapshots = snapshots.Snapshots()
     run.rewind(3)
@@ -297,12 +300,34 @@ def test_what_is_kept_is_the_last_the_best_the_newest_by_interval_and_the_named(
     run = tiny_run(save_interval=4, keep_checkpoints=2, eval_interval=0)
     run.step(3)
     run.checkpoint("before <sharpening>/..")
+    run.checkpoint("before sharpening")  # its file would have the same name
     run.step(18)
     run._save()
     kept = [(c.step, c.name) for c in run.store.checkpoints()]
-    assert sorted(kept, key=str) == sorted([(3, "before <sharpening>/.."), (16, None), (20, None), (21, None)], key=str)
+    assert sorted(kept, key=str) == sorted([(3, "before <sharpening>/.."), (3, "before sharpening"),
+                                            (16, None), (20, None), (21, None)], key=str)
     on_disk = {str(file.relative_to(run.path)) for file in (run.path / "checkpoints").iterdir()}
     assert on_disk == {c.path for c in run.store.checkpoints()}
+
+
+def test_what_a_crash_in_a_save_left_is_mended(tiny_run):
+    """A draft goes; a state that is whole and was not entered is; one of another run, or of no row, is let lie."""
+    run, other = tiny_run(), tiny_run("other")
+    for each, steps in ((run, 1), (run, 3), (other, 2)):
+        each.step(steps)
+        each.checkpoint("x")
+    entered = {(c.branch, c.step, c.name, c.path) for c in run.store.checkpoints()}
+    for c in run.store.checkpoints():
+        run.store.drop_checkpoint(c.id)
+    folder = run.path / "checkpoints"
+    strange, draft = folder / "1-00000002-x.safetensors", folder / ".1-00000003.safetensors.77"
+    shutil.copy(other.path / other.store.checkpoints()[-1].path, strange)
+    draft.write_bytes(b"half")
+    checkpoint.save(folder / "1-00000005.safetensors", {}, {
+        "run": run.store.get_meta("created"), "branch": 1, "step": 5, "name": None})
+    run.history.tidy()
+    assert {(c.branch, c.step, c.name, c.path) for c in run.store.checkpoints()} == entered
+    assert {step for _, step, *_ in entered} == {1, 4} and strange.exists() and not draft.exists()
 
 
 def test_the_best_by_validation_is_kept(tiny_run):
@@ -310,6 +335,7 @@ def test_the_best_by_validation_is_kept(tiny_run):
     run = tiny_run(eval_interval=4)
     run.step(8)
     run.knobs["lr_scale"].hold(100.0)
+    run.history._best.clear()  # as a new process has it
     run.step(4)
     run._save()
     val = run.metrics()["val/loss"].dropna()
