@@ -6,6 +6,7 @@ import ipywidgets as ipw
 
 from widgets.errand import Errand
 from widgets.notes import Log
+from widgets.specialisation import TokenView
 from widgets.token_html import section_html
 
 
@@ -13,7 +14,7 @@ class Inside:
     """A section with a button: the run's validation text through the weights as they are, coloured by expert."""
 
     def __init__(self, run, log: Log):
-        self._run, self._text = run, ipw.HTML()
+        self._run, self._text = run, ipw.Box()
         self.errand = Errand("Look", "Read a sample of the validation text with the weights as they are now",
                              "reading …", self._look, log)
         self.widget = ipw.Accordion([ipw.VBox([ipw.HBox([self.errand.button, self.errand.says]), self._text])],
@@ -21,7 +22,10 @@ class Inside:
 
     def _look(self) -> str:
         seen = self._run.inspect()
-        self._text.value = section_html(seen)
+        before, uid = self._text.children, "moe-inside"
+        self._text.children = [TokenView(html=section_html(seen, uid=uid), uid=uid)]
+        for view in before:
+            view.close()
         told = seen.mutual_information()
         told = told[told["nats"] > 2 * told["spread"]].sort_values("normalised")
         if told.empty:

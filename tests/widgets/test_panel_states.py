@@ -158,7 +158,7 @@ def test_a_look_inside_colours_the_validation_text_and_changes_nothing(tiny_run,
     panel = bench(run)
     panel.inside.errand.start().join(60)
     assert "after step 3" in panel.inside.errand.says.value and not panel.inside.errand.button.disabled
-    shown = panel.inside._text.value
+    shown, = (view.html for view in panel.inside._text.children)
     assert "moe-spec" in shown and shown.count("<span") > 100 and "layer 1" in shown
     run.step(3)
     calm.step(6)
