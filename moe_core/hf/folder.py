@@ -100,13 +100,13 @@ def fields(folder: str | os.PathLike) -> dict:
 
     with _loading(folder), quiet_transformers():
         theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    found = forms.fields_of(theirs)
-    about = _about(Path(folder))
-    if about is not None:  # the same, said as the run said it
-        own = RunConfig.from_dict(about["config"])
-        said = own.to_dict()["model"] | own.to_dict()["router"]
-        found |= {name: said[name] for name in ("n_kv_heads", "qk_norm_eps", "router_bias", "n_shared_experts")}
-        return found
+        found = forms.fields_of(theirs)
+        about = _about(Path(folder))
+        if about is not None:  # the same, said as the run said it
+            own = RunConfig.from_dict(about["config"])
+            said = own.to_dict()["model"] | own.to_dict()["router"]
+            found |= {name: said[name] for name in ("n_kv_heads", "qk_norm_eps", "router_bias", "n_shared_experts")}
+            return found
     return found | {"router_bias": False, "router_temp_init": 1.0, "router_temp_final": 1.0}
 
 
@@ -125,7 +125,8 @@ def begin_with(config: RunConfig, folder: str | os.PathLike, say: Callable[[str]
     except DataError as error:
         raise DataError(f"init_from_hf: {error}") from error
     config, kept = finetune.with_tokenizer(config, tokenizer, None, name, say)
-    state, temp = _weights(folder, theirs, say)
+    with _loading(folder):
+        state, temp = _weights(folder, theirs, say)
     first = Knobs(config)["router_temp"].at(1)
     if first != temp:
         say(f"router_temp = {first:g}: at {temp:g} the router computes what it did in {name}")
@@ -137,7 +138,7 @@ def _weights(folder: Path, theirs: RunConfig, say: Callable[[str], None]) -> tup
     """Our state, and the router's temperature that goes with it."""
     from transformers import AutoModelForCausalLM
 
-    with _loading(folder), quiet_transformers():
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False,
                                                      local_files_only=True, use_safetensors=True)
     form, stored = model.config.model_type, model.state_dict()
@@ -160,7 +161,7 @@ def _about(folder: Path) -> dict | None:
 
     if not (folder / OWN).is_file():
         return None
-    with _loading(folder), safe_open(folder / OWN, framework="pt") as file:
+    with safe_open(folder / OWN, framework="pt") as file:
         return json.loads(file.metadata()["about"])
 
 
@@ -171,6 +172,8 @@ def _loading(folder: str | os.PathLike):
         raise ConfigError(f"init_from_hf = {str(folder)!r}: must be a folder with a config.json and safetensors")
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # they have no common class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"init_from_hf = {str(folder)!r}: cannot be loaded ({reason})") from error

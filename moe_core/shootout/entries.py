@@ -33,8 +33,7 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
     for key in peaks:
         one_of("peaks", key, [*entries, *(config.optim.optimizer for config in entries.values())])
     for label, config in entries.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", label):
-            raise ConfigError(f"label = {label!r}: must be letters, digits, '.', '_' and '-', as it names a directory")
+        named(label)
         config = stretched(config, steps or config.optim.max_iters)
         for key in dict.fromkeys((config.optim.optimizer, label)):
             config = with_rates(config, **peaks.get(key, {}))
@@ -51,6 +50,13 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
                 raise ConfigError(f"{name} = {flat[name]!r} of {label}: must be {wanted[name]!r} as in {first}; "
                                   "all entries must see the same batches")
     return entries
+
+
+def named(label: str) -> str:
+    """``label``, of which a run's directory and the rows of a table are made. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", label):
+        raise ConfigError(f"label = {label!r}: must be letters, digits, '.', '_' and '-', as it names a directory")
+    return label
 
 
 def whole(name: str, value) -> int:

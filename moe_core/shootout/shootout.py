@@ -22,7 +22,7 @@ from moe_core import frames
 from moe_core.checked import plain
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
 from moe_core.run import Run
-from moe_core.shootout.entries import one_of, planned, whole
+from moe_core.shootout.entries import named, one_of, planned, whole
 from moe_core.shootout.peaks import Search, rates, spell, with_rates
 from moe_core.shootout.table import Line, step_lines, summary_lines, table, write_csv
 from moe_core.store import MAIN, RunStore, StoreError
@@ -59,7 +59,8 @@ class Shootout:
 
     def __init__(self, folder: Path, entries: dict[str, RunConfig], seeds: tuple[int, ...], search: Search | None):
         """For :meth:`create` and :meth:`open`."""
-        self.folder, self.entries, self.seeds, self.search = folder, entries, seeds, search
+        self.folder, self.entries, self.search = folder, entries, search
+        self.seeds = tuple(RunConfig(seed=seed).seed for seed in seeds)  # refuses what is no seed
 
     @classmethod
     def create(cls, folder: str | os.PathLike, models: RunConfig | Mapping[str, RunConfig],
@@ -79,8 +80,6 @@ class Shootout:
         seeds = tuple(range(first.seed, first.seed + whole("seeds", n)) if isinstance(n, int) else map(plain, seeds))
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f"seeds = {list(seeds)}: must be different integers, at least one")
-        for seed in seeds:
-            first.replace(seed=seed)  # refuses what is no seed
         if tune is not None and tune.seed is None:
             tune = dataclasses.replace(tune, seed=max(seeds) + 1)
         self = cls(Path(folder), made, seeds, tune)
@@ -92,7 +91,7 @@ class Shootout:
         """The shoot-out in ``folder``. Raises StoreError where there is none."""
         try:
             said = json.loads((Path(folder) / FILE).read_text("utf-8"))
-            entries = {label: RunConfig.from_dict(config) for label, config in said["entries"].items()}
+            entries = {named(label): RunConfig.from_dict(config) for label, config in said["entries"].items()}
             return cls(Path(folder), entries, tuple(said["seeds"]), said["search"] and Search(**said["search"]))
         except FileNotFoundError:
             raise StoreError(f"{folder}: is not a shoot-out, there is no {FILE} in it") from None

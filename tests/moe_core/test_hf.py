@@ -240,7 +240,7 @@ def test_a_folder_that_is_there_stays_as_it_is(trained, tmp_path):
     ("hidden_act", "gelu", "hidden_act = 'gelu'"), ("rope_parameters", {"rope_type": "linear", "factor": 2.0,
                                                                        "rope_theta": 1e4}, "rope_type = 'linear'"),
     ("model_type", "llama", "model_type = 'llama'"), ("num_experts_per_tok", 3, "top_k = 2: must be 3"),
-    ("num_hidden_layers", 3, "n_layer = 2: must be 3"),
+    ("num_hidden_layers", 3, "n_layer = 2: must be 3"), ("num_attention_heads", 0, "out': cannot be loaded"),
 ])
 def test_a_folder_that_is_no_model_of_ours_is_refused_by_its_field(trained, create, tmp_path, key, value, said):
     """Before its weights are read, and before anything is written."""

@@ -327,3 +327,9 @@ def test_wrong_searches_labels_and_folders_are_refused(tiny, tmp_path):
         Shootout.open(tmp_path)
     with pytest.raises(ConfigError, match="baseline = 'sophia': must be one of adamw"):
         Shootout.open(tmp_path / "s").summary("sophia")
+    said = (tmp_path / "s" / "shootout.json").read_text()
+    for ours, theirs in (('"adamw": {', '"../../adamw": {'), ('"seeds": [\n  1337', '"seeds": [\n  "../../1337"')):
+        assert ours in said
+        (tmp_path / "s" / "shootout.json").write_text(said.replace(ours, theirs))
+        with pytest.raises(StoreError, match=r"shootout\.json cannot be read: (label|seed) = '\.\./\.\./"):
+            Shootout.open(tmp_path / "s")
