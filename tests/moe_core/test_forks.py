@@ -25,14 +25,17 @@ def test_a_fork_is_a_run_of_its_own_with_the_same_future(tiny_run, tmp_path):
 
 
 def test_a_fork_now_takes_the_turns_along_that_wait_for_the_next_step(tiny_run, tmp_path):
-    """A knob turned at the tip acts on the child's next step as on the parent's."""
+    """A knob turned at the tip acts on the child's next step as on the parent's; a fork before the tip has none."""
     run = tiny_run()
     run.step(3)
+    run.checkpoint("whose file is the parent's")
     run.knobs["router_temp"].hold(0.5)
     child = run.fork(tmp_path / "child")
     run.step(2), child.step(2)
     assert rows(child).equals(rows(run)) and child.metrics()["router/temp"][4] == 0.5
-    child.close()
+    earlier = run.fork(tmp_path / "earlier", step=3)
+    assert earlier.events().empty and list(child.events()["kind"]) == ["knob"]
+    child.close(), earlier.close()
 
 
 def test_a_fork_has_the_rates_of_its_own_config(tiny_run, tmp_path):
@@ -55,6 +58,7 @@ def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tin
     with pytest.raises(mc.ConfigError, match="balance: a fork goes on"):
         run.fork(tmp_path / "other", balance="bias")
     child = run.fork(tmp_path / "child", step=3, batch_size=2)
+    assert [c.name for c in child.store.checkpoints()] == ["fork"]  # which is never dropped
     child.step(2)
     with pytest.raises(ValueError, match=r"step = 2: must be at least 3; .* go back in its parent: .*run"):
         child.rewind(2)

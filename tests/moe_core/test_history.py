@@ -127,6 +127,17 @@ def test_a_way_back_that_fails_leaves_the_run_where_it_stood(tiny_run, monkeypat
     assert run.branch == "main" and rows(run).equals(rows(alone))
 
 
+def test_steps_that_do_not_repeat_are_said(tiny_run):
+    """Taken again from a state that is not the one they were taken from: the first of them, with both numbers."""
+    run = tiny_run()
+    run.step(3), run.step(3)
+    next(s for s in run.history.snapshots if s.step == 3).state["model"]["embed.weight"].mul_(1.01)
+    run.rewind(5)
+    (said,) = run.events().query("kind == 'alert'")["text"]
+    assert said.endswith(f"and was {run.metrics()['train/ce'][4]:.6f}")
+    assert said.startswith("steps trained again did not repeat: train/ce of step 4 is ")
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """The number of every step that any trainer takes from now on."""
