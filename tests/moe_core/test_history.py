@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from small_models import rows
 
 import moe_core as mc
@@ -399,9 +400,7 @@ def test_a_pause_is_heard_while_steps_are_trained_again(tiny_run):
 
 def test_a_checkpoint_is_whole_or_refused(tmp_path):
     """Cut at any of many offsets it is refused in one line; whole, it gives every tensor and number back."""
-    import torch
-
-    state = {"a": torch.randn(3, 4, dtype=torch.bfloat16), "b": {7: [torch.tensor(2.0), None, "x", 0.1, True]}}
+    state = {"a": torch.randn(3, 4, dtype=torch.bfloat16).t(), "b": {7: [torch.tensor(2.0), None, "x", 0.1, True]}}
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, state, {"step": 3})
     back = checkpoint.load(path)
@@ -414,5 +413,17 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path):
         with pytest.raises(checkpoint.CheckpointError) as refused:
             checkpoint.load(path)
         assert str(refused.value).startswith(f"{path}: ") and "\n" not in str(refused.value)
+    path.write_bytes(whole.replace(rb'{\"step\": 3}', rb'{\"step\": 4}'))
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged: its CRC-32 is"):
+        checkpoint.load(path)
+    save_file({}, path, {"format": "1", "about": "{}", "state": '{"items": []}'})  # as one was before it had a sum
+    assert checkpoint.load(path) == {}
+    save_file({}, path, {"format": str(checkpoint.FORMAT + 1), "about": "{}", "state": "{}"})
+    with pytest.raises(checkpoint.CheckpointError, match="was written by a newer version"):
+        checkpoint.load(path)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="taken: not saved"):
+        checkpoint.save(tmp_path / "taken", state, {})
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "taken"}  # no draft is left
     with pytest.raises(TypeError, match="a state holds no set"):
         checkpoint.save(path, {"s": {1}}, {})
