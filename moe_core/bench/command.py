@@ -28,7 +28,8 @@ from moe_core.config import RunConfig
 from moe_core.presets import preset
 from moe_core.trainer import resolve_device
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s that the maker states, without sparsity
+# bfloat16 FLOP/s that the maker states, without sparsity; the first name that is in the card's.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +91,9 @@ def compare(args, config, device, dtype, about) -> Iterator[dict]:
     wanted = {name: make for name, make in known.items() if not words or any(word in name for word in words)}
     if not wanted:
         raise ValueError(f"--only {args.only!r}: no side has that in its name; there are {', '.join(known)}")
-    peak = next((value for name, value in PEAK.items() if name in str(about["device"])), about["matmul_flops"] * 1e9)
-    stated = "the maker's" if peak in PEAK.values() else "the measured matmul"
+    known_peaks = PEAK if dtype is torch.bfloat16 else {}
+    peak = next((value for name, value in known_peaks.items() if name in str(about["device"])), None)
+    stated, peak = ("the maker's", peak) if peak else ("the measured matmul", about["matmul_flops"] * 1e9)
     print(f"\nMFU: FLOPs in the PaLM convention over {stated} {peak / 1e12:.2f} TFLOP/s; "
           f"ratio: tokens for tokens over the first row, with which it took turns, quartiles of {args.rounds} rounds;\n"
           "dense: of equal active size; trainer: the stepwise trainer with all its metrics, the others a bare loop")

@@ -74,6 +74,17 @@ def test_a_table_has_a_row_for_each_side_and_goes_to_json(tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("card, dtype, said", [
+    ("NVIDIA H100 80GB HBM3", torch.bfloat16, "the maker's 989.00"), ("NVIDIA H100 PCIe", torch.bfloat16,
+     "the maker's 756.00"), ("NVIDIA H100 80GB HBM3", torch.float32, "the measured matmul 0.40")])
+def test_the_mfu_is_of_the_very_card_and_of_the_type_that_is_computed_in(card, dtype, said, capsys):
+    """What the maker states is of bfloat16, and of cards of one generation it differs."""
+    config = preset("nano", n_layer=1, batch_size=1, block_size=16, gradient_accumulation_steps=1)
+    about = {"device": card, "matmul_flops": 400.0}
+    assert len(list(command.compare(arguments("--only", "ours dense"), config, CPU, dtype, about))) == 1
+    assert f"over {said} TFLOP/s" in capsys.readouterr().out
+
+
 def test_when_the_time_is_over_the_rows_so_far_stand_and_the_rest_is_named(tmp_path, capsys):
     """No side is begun after the given minutes but the first, which the ratios need."""
     out = tmp_path / "rows.json"
