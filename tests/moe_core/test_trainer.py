@@ -88,6 +88,8 @@ def test_clipping_bounds_the_gradient_and_is_counted(make):
     clipped = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()])
     assert float(clipped) == pytest.approx(1e-3, rel=1e-3)
     assert rows[0]["grad/norm"] > 1e-2  # the metric is the norm before clipping
+    trainer.knobs["grad_clip"].turn("hold", 1e6, None, 4)
+    assert trainer.step().metrics["grad/clipped_cum"] == 3
 
 
 def test_validation_leaves_training_alone_and_is_of_the_knobs_present_values(make):
