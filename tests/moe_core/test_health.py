@@ -141,6 +141,15 @@ def test_collapsed_means_the_same_to_the_metric_and_to_the_rule(K, demand, is_so
     assert ("collapsed" in {found.rule for found in findings(frame, {}, 4, K)}) == is_so
 
 
+def test_an_extreme_over_the_layers_is_of_one_layer():
+    """One that is collapsed among three is told, as are the fewest experts and the largest bias on either side of 0."""
+    demand, bias_LE = [[0.95, 0.05, 0, 0], [0.25] * 4, [0.4, 0.3, 0.3, 0]], np.tile([0.1, -0.5, 0.2, 0.2], (3, 1))
+    shares = np.tile(np.array(demand, np.float32), (2, 1, 1))
+    told = router_metrics(Reading(0.0, *np.zeros((6, 3)), shares, bias_LE, np.zeros(0)), 0.0, RouterConfig(top_k=1))
+    assert (told["router/collapsed"], told["router/active_min"], told["router/bias_max"]) == (1, 2, 0.5)
+    assert told["router/max_frac_max"] == np.float32(0.95)
+
+
 def test_entropy_far_below_early_is_an_alarm_only_while_it_falls():
     falling = put(healthy(), "router/entropy_mean", np.linspace(0.4, 0.05, 100) * LN8, last=100)
     found = findings(put(falling, "router/entropy_mean", np.linspace(0.11, 0.05, 50) * LN8), EXPERIMENT_1, 8)
