@@ -142,7 +142,9 @@ class Run(Timeline, Face):
         Raises StoreError where ``path`` is no run, is newer than this code, or another process is writing it.
         """
         if (known := _open_runs.get(Path(path).resolve())) is not None:
-            return known
+            if not known.session.closed:
+                return known
+            known.close()  # this was interrupted
         store = _own(RunStore.open(path, write=True))
         with _closed_on_error(store):
             config = RunConfig.from_dict(store.config)

@@ -86,6 +86,11 @@ class Session:
         """"idle", "training", "pausing", "paused", "moving" (to another step or branch) or "failed"."""
         return self._state
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed: it takes no more steps, and another may be in its place."""
+        return self._closed
+
     def start(self, n: int) -> None:
         """Train ``n`` optimizer steps more; returns at once. While a chunk's steps run, it grows by ``n``."""
         if not is_integer(n := plain(n), 1):

@@ -114,7 +114,8 @@ class Workbench(ipw.VBox):
         """
         if not hasattr(self, "live"):
             return  # refused before it was one; ipywidgets closes that too
-        self.session.close()
+        if not self.run.attached and self.run.session is self.session:
+            Session(self.run)  # which closes that of the panel, and run.step() goes on with it
         self.live.close()
         if not instead or self.comm is None:
             return _close(self)

@@ -226,3 +226,18 @@ def test_a_run_that_was_deleted_does_not_come_back(tiny_run):
         run.checkpoint("later")
     run.close()
     assert not run.path.exists()
+
+
+def test_a_close_that_was_interrupted_is_finished_where_the_run_is_opened(tiny_run, monkeypatch):
+    """What it had not saved yet is saved then."""
+    run = tiny_run()
+    run.step(1)
+    monkeypatch.setattr(run.history, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    run._unsaved_s = 1.0
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+    monkeypatch.undo()
+    with contextlib.closing(mc.Run.open(run.path)) as again:
+        assert again is not run and 1 in {c.step for c in again.store.checkpoints()}
+        again.step(1)
+        assert again.current_step == 2

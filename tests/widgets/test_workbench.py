@@ -166,6 +166,17 @@ def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
         again.close()
 
 
+def test_a_run_goes_on_from_a_cell_where_its_panel_was_closed(tiny_run, bench):
+    """What the panel trained has stopped at a step boundary."""
+    run = tiny_run()
+    panel = bench(run)
+    panel.start(100_000)
+    panel.close()
+    stopped = run.current_step
+    run.step(2)
+    assert run.current_step == stopped + 2 and panel.session.state == "paused"
+
+
 def test_the_panel_follows_a_run_that_goes_back(tiny_run, bench):
     """After a rewind it shows the new line alone: what it inherited, then what was trained on it."""
     run = tiny_run()
