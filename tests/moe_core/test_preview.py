@@ -51,6 +51,17 @@ def test_at_the_batchs_own_values_every_number_is_the_batchs_own(tiny_run, chang
     assert (preview.now["router/drop_frac_mean"] > 0.05) == drops
 
 
+def test_of_several_micro_batches_it_is_the_last_with_its_own_noise(tiny_run):
+    """The demand of its last layer is what that layer saw last."""
+    run, seen = tiny_run(gradient_accumulation_steps=2), []
+    run.knobs["router_noise_std"].hold(0.8)
+    run.step(1)
+    run._trainer.model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out[1].stats.demand_E))
+    run.step(1)
+    assert len(seen) == 2 and not torch.equal(*seen)
+    assert run.preview().shares_now[0, -1] == pytest.approx((seen[-1] / seen[-1].sum()).numpy())
+
+
 def test_it_leaves_the_run_and_the_global_random_numbers_alone(tiny_run):
     """Steps after a preview are those of a run that was never asked; weights, noise and cursor do not move."""
     asked, silent = tiny_run("asked"), tiny_run("silent")
