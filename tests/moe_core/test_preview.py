@@ -56,7 +56,7 @@ def test_of_several_micro_batches_it_is_the_last_with_its_own_noise(tiny_run):
     run, seen = tiny_run(gradient_accumulation_steps=2), []
     run.knobs["router_noise_std"].hold(0.8)
     run.step(1)
-    run._trainer.model.blocks[-1].mlp.register_forward_hook(lambda module, args, out: seen.append(out[1].stats.demand_E))
+    run._trainer.model.blocks[-1].mlp.register_forward_hook(lambda *call: seen.append(call[-1][1].stats.demand_E))
     run.step(1)
     assert len(seen) == 2 and not torch.equal(*seen)
     assert run.preview().shares_now[0, -1] == pytest.approx((seen[-1] / seen[-1].sum()).numpy())
