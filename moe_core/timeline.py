@@ -219,7 +219,9 @@ class Timeline:
     def _go_back(self, line: int, step: int, name: str | None, wait: bool = True) -> None:
         def go():
             off = self._reach(line, step)
+            trainer, self._trainer = self._trainer, None  # of no line: where a full disk refuses it one, it is not left
             self._open_branch(line, step, name)
+            self._trainer = trainer
             self._tell_off(off)
         self._move(go, wait)
 

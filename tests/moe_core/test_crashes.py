@@ -241,3 +241,16 @@ def test_a_close_that_was_interrupted_is_finished_where_the_run_is_opened(tiny_r
         assert again is not run and 1 in {c.step for c in again.store.checkpoints()}
         again.step(1)
         assert again.current_step == 2
+
+
+def test_a_way_back_that_the_disk_refuses_leaves_the_run_where_it_was(tiny_run, monkeypatch):
+    """The next steps are those of the line that it stands on."""
+    run, calm = tiny_run(), tiny_run("calm")
+    run.step(4)
+    monkeypatch.setattr(run.store, "add_branch", lambda *_: (_ for _ in ()).throw(mc.StoreError("the disk is full")))
+    with pytest.raises(mc.StoreError, match="the disk is full"):
+        run.rewind(2)
+    monkeypatch.undo()
+    run.step(2)
+    calm.step(6)
+    assert run.metrics().filter(regex="^(?!perf/)").equals(calm.metrics().filter(regex="^(?!perf/)"))
