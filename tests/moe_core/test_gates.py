@@ -34,7 +34,14 @@ def metrics():
     ("router/frac_srv_e* in 0.24..0.26 from 1700", "not reached", np.nan, 0),
     ("router/frac_srv_e0 in .25..0.3", "passed", 0.25, 1600),  # on the line, as float32
     ("router/frac_srv_e0 == 2.5e-1", "passed", 0.25, 1600),
+    ("router/frac_srv_e1 == 0.251", "passed", 0.251, 1600),  # which float32 has not
+    ("router/frac_srv_e1 >= 0.251", "passed", 0.251, 1600),
+    ("router/frac_srv_e1 < 0.251", "failed", 0.251, 1600),
+    ("router/frac_srv_e3 > 0.31 by 1600", "failed", 0.30, 1500),  # the nearest of all
+    ("val/loss < 9 by 100", "not reached", np.nan, 0),
+    ("[vr]*/[lf]* > 1 at 5", "failed", 0.25, 5),  # though of val/loss nothing is known
     ("router/entropy_mean/layer_* < 2 at step 5", "passed", 1.0, 5),
+    ("router/entropy* < 2 at step 5", "not reached", np.nan, 0),  # a layer's is meant where it is named
 ])
 def test_a_gate_is_passed_failed_or_not_reached_with_the_number_that_decided(metrics, line, state, value, at):
     (answer,) = check([line], metrics)

@@ -41,6 +41,20 @@ def test_first_cross_entropy_is_that_of_a_uniform_guess(name):
     assert abs(first - math.log(config.model.vocab_size)) < 0.1
 
 
+def test_every_weight_starts_with_the_deviation_that_the_table_gives():
+    """Of initialise(): by name and fan-in; biases at 0, norms at 1."""
+    model = build(preset("nano", n_layer=2, bias=True, use_rope=False, skip_first_n_moe=1, n_shared_experts=1))
+    D = model.config.d_model
+    for name, p in model.named_parameters():
+        leaf = name.removesuffix(".weight").split(".")[-1]
+        if p.ndim == 1 or leaf.startswith("b_"):
+            assert (p == ("norm" in name)).all(), name
+            continue
+        gain = {"embed": 0.25, "positions": 0.25, "router": 0.5, "o_proj": 0.02, "down_proj": 0.02, "w_down": 0.02}
+        fan_in = D if leaf in ("embed", "positions") else p.shape[1]
+        assert p.std().item() == pytest.approx(gain.get(leaf, 1.0) / fan_in**0.5, rel=0.1), name
+
+
 def test_weights_come_from_the_seed_alone():
     """The same seed gives the same weights, another seed others, None fresh ones; the global stream stays."""
     before = torch.get_rng_state()
@@ -49,6 +63,9 @@ def test_weights_come_from_the_seed_alone():
     assert all(torch.equal(one[k], same[k]) for k in one)
     for a, b in ((one, other), (fresh, fresher)):
         assert all(not torch.equal(a[k], b[k]) for k in a if "norm" not in k and "bias" not in k)
+    with torch.device("meta"):
+        shapes = build()
+    assert {table.device.type for table in (*shapes.rope, *shapes.to_empty(device="cpu").rope)} == {"meta", "cpu"}
 
 
 # Losses and gradients
@@ -124,6 +141,8 @@ def test_no_token_sees_the_future(variant):
     moved = (model(tokens).logits_BSV - model(changed).logits_BSV).abs().amax(-1)
     assert moved[:, :7].max() < 1e-6
     assert (moved[:, 7:].amax(0) > 1e-5).all()
+    if not config.model.n_experts:  # whose room follows the length
+        torch.testing.assert_close(model(tokens[:, :7]).logits_BSV, model(tokens).logits_BSV[:, :7])
 
 
 def test_bfloat16_compute_keeps_float32_masters_losses_and_routing():
@@ -239,6 +258,7 @@ def test_each_head_for_tokens_further_on_is_judged_by_the_token_it_means():
         expected = torch.stack([F.cross_entropy(logits[:, i], targets[:, i + k]) for i in range(tokens.shape[1] - k)])
         torch.testing.assert_close(out.mtp_N[k - 1], expected.mean(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.losses["mtp"], out.mtp_N.mean())
+    assert not out.mtp_N.requires_grad
     assert torch.equal(out.losses["ce"], again.losses["ce"])
     out.losses["mtp"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.blocks[0].attn.parameters())
