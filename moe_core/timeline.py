@@ -251,7 +251,7 @@ class Timeline:
         left = None if trainer is None else self.history.snapshot(self._branch.id, trainer)
         if trainer is None:
             provenance.same_data(self.store, self._branch.id, self._step, fingerprint(self.config, print), print)
-        self._trainer = None  # until it is whole again
+        self._trainer, self._unwritten = None, []  # until it is whole again; a row that was refused is made again
         provenance.same_threads(self.store, resolve_device(self.config), print)
         trainer = self.history.restore(trainer, self.history.states(line, step, at_hand),
                                        lambda: build_trainer(self.config, self._knobs, print), print)

@@ -52,7 +52,14 @@ def checked(out: str | os.PathLike) -> Path:
 
 
 def _put(path: Path, content: str | bytes) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Raises ReportError."""
+    try:
+        _written(path, content)
+    except OSError as error:
+        raise ReportError(f"{path}: not written: {error.strerror or error}") from error
+
+
+def _written(path: Path, content: str | bytes) -> None:
     handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -254,3 +254,17 @@ def test_a_way_back_that_the_disk_refuses_leaves_the_run_where_it_was(tiny_run, 
     run.step(2)
     calm.step(6)
     assert run.metrics().filter(regex="^(?!perf/)").equals(calm.metrics().filter(regex="^(?!perf/)"))
+
+
+def test_a_fork_while_a_row_could_not_be_written_costs_no_step(tiny_run, tmp_path):
+    """The step whose row a full disk refused is taken again; a report that it refuses says so in a line."""
+    run, calm = tiny_run(), tiny_run("calm")
+    run.step(2)
+    with files_end_at(run.path.joinpath("run.sqlite-wal").stat().st_size), pytest.raises(mc.StoreError):
+        run.step(2)
+    with files_end_at(1000), pytest.raises(ValueError, match=r"report\.html: not written: File too large"):
+        run.report(tmp_path / "report.html")
+    run.fork(tmp_path / "fork").close()
+    run.step(2)
+    calm.step(4)
+    assert run.metrics().filter(regex="^(?!perf/)").equals(calm.metrics().filter(regex="^(?!perf/)"))
