@@ -169,6 +169,16 @@ def is_one_product(rows_MD: Tensor) -> bool:
     return rows_MD.is_cuda
 
 
+def of_used(w_EDF: Tensor, ends_E: Tensor) -> Tensor:
+    """The same weights; those of experts without a row get the gradient 0, whatever comes back for them.
+
+    On Blackwell a product over no rows can leave anything there (github.com/pytorch/pytorch/issues/172439). Compiled,
+    this is part of the conversions before and behind.
+    """
+    used_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
+    return torch.where(used_E[:, None, None], w_EDF, w_EDF.detach())
+
+
 def _experts_taken(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor, w_down: Tensor,
                    biases: Biases | None) -> Tensor:
     """Where experts choose, each has C rows: one batched product per weight, [T, D] -> [T, D].
@@ -213,10 +223,12 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
         return _experts_taken(x_TD, routing, w_gate, w_up, w_down, biases)
 
     def products(rows_MD: Tensor, order: Order) -> Tensor:
+        weights = w_gate, w_up, w_down
+        gate_EDF, up_EDF, down_EFD = (of_used(w, order.ends_E) for w in weights) if rows_MD.is_cuda else weights
         if is_one_product(rows_MD):
-            gate_MF, up_MF = _grouped_mm(rows_MD, torch.cat((w_gate, w_up), 2), order.ends_E).chunk(2, -1)
+            gate_MF, up_MF = _grouped_mm(rows_MD, torch.cat((gate_EDF, up_EDF), 2), order.ends_E).chunk(2, -1)
         else:
-            gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (w_gate, w_up))
+            gate_MF, up_MF = (_grouped_mm(rows_MD, w, order.ends_E) for w in (gate_EDF, up_EDF))
         if biases is not None:
             # A product, not a lookup, whose gradient would add with atomics. Of the N rows that are an expert's: what
             # lies between them is undefined in the gradient, and 0 times that is not always 0.
@@ -224,7 +236,7 @@ def experts_grouped(x_TD: Tensor, routing: Routing, w_gate: Tensor, w_up: Tensor
             own_NE = (own_N1 == torch.arange(len(w_gate), device=x_TD.device)).to(dtype)
             gate_MF = gate_MF + order.spread(own_NE @ biases.gate)
             up_MF = up_MF + order.spread(own_NE @ biases.up)
-        rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, w_down, order.ends_E)
+        rows_MD = _grouped_mm(F.silu(gate_MF) * up_MF, down_EFD, order.ends_E)
         return rows_MD if biases is None else rows_MD + order.spread(own_NE @ biases.down)
     return dispatched(x_TD, routing, len(w_gate), products)
 

@@ -101,6 +101,17 @@ def test_gate_and_up_in_one_product_are_the_two(T, favourite, monkeypatch):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_an_expert_without_rows_has_no_gradient_whatever_a_product_leaves_there():
+    """Some GPUs leave what was in memory, NaN too; values and the gradients of all others are as they were."""
+    weights = torch.randn(4, D, WIDTH_F, requires_grad=True)
+    came_back = torch.randn(4, D, WIDTH_F)
+    came_back[[0, 2]] = torch.nan
+    same = experts.of_used(weights, torch.tensor([0, 3, 3, 9], dtype=torch.int32))
+    same.backward(came_back)
+    assert torch.equal(same, weights)
+    assert torch.equal(weights.grad, came_back.nan_to_num(0.0))
+
+
 def with_biases(seed, E):
     """(x, routing, weights) -> the same with random biases behind the weights, as leaves of one call."""
     generator = torch.Generator().manual_seed(seed)
