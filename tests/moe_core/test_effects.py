@@ -51,12 +51,17 @@ def test_a_turn_that_did_nothing_stands_out_in_no_metric_95_times_in_100(tmp_pat
 
 
 def test_a_strong_change_always_stands_out_with_its_size(tmp_path):
-    """A shift of 12 standard deviations at a turn, in noise of any memory, is found in each of 40 series."""
+    """A shift of 12 standard deviations at a turn, in noise of any memory, is found in each of 40 series; one of noise
+    alone beside them, logged more rarely, has a test of its own.
+    """
     rng, steps = np.random.default_rng(), np.arange(1, 101)
     values = np.concatenate([noise(rng, 100, 10, phi) for phi in (0.0, 0.5, 0.8, 0.9)], 1)
     values += 5 * np.exp(-steps / 50)[:, None] + 12.0 * (steps >= 51)[:, None]
-    with stored(tmp_path / "strong", steps, values, [51]) as store:
+    rare = np.where(steps % 3 == 0, np.nan, rng.normal(size=100))[:, None]
+    with stored(tmp_path / "strong", steps, np.concatenate([values, rare], 1), [51]) as store:
         table = effects(store, MAIN)
+    assert (((table["low"] > 0) | (table["high"] < 0)) == table["stands_out"]).all()
+    table = table.iloc[:-1]
     assert len(table) == 40 and table["stands_out"].all()
     assert ((table["low"] < 12) & (table["high"] > 12)).mean() > 0.9
     assert table["difference"].mean() == pytest.approx(12, abs=1)
@@ -109,11 +114,13 @@ def test_memory_leaves_fewer_independent_values():
 
 
 def test_windows_are_cut_at_the_neighbouring_turns_and_too_little_data_is_said(tmp_path):
-    """Turns at 51, 81 and 91: the first has 30 steps behind it, the last 10 before it, which are too few to tell."""
+    """Turns at 51, 81 and 91: the first has 30 steps behind it, the last 10 before it, which are too few to tell. A
+    further one at 145 cuts nothing.
+    """
     rng, steps = np.random.default_rng(), np.arange(1, 151)
     values = noise(rng, 150, 2, 0.5)
     values[:, 1] = np.where(steps % 25 == 0, values[:, 1], np.nan)  # as a validation loss
-    with stored(tmp_path / "cut", steps, values, [51, 81, 91]) as store:
+    with stored(tmp_path / "cut", steps, values, [51, 81, 91, 145]) as store:
         table = effects(store, MAIN).set_index(["step", "metric"])
     first, last, sparse = table.loc[(51, "x0")], table.loc[(91, "x0")], table.loc[(51, "x1")]
     assert first["said"] == "after: up to step 80, the next turn"
@@ -123,6 +130,8 @@ def test_windows_are_cut_at_the_neighbouring_turns_and_too_little_data_is_said(t
     assert last["stands_out"] is table["stands_out"].dtype.na_value and np.isnan(last["difference"])
     assert last["said"] == ("before: from step 81, the previous turn; "
                             "10 values before and 50 after: too few to tell, each needs 20")
+    assert last["after"] == pytest.approx(values[90:140, 0].mean(), rel=1e-5)
+    assert table.loc[(145, "x0"), "said"] == "50 values before and 6 after: too few to tell, each needs 20"
     assert sparse["said"].endswith("2 values before and 1 after: too few to tell, each needs 20")
 
 

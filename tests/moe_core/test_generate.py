@@ -61,6 +61,16 @@ def test_cached_decoding_is_the_whole_forward_to_the_token(variant):
     assert len({token for text in expected for token in text}) > 8  # it does say something
 
 
+def test_a_bfloat16_model_reads_a_prompt_as_its_own_forward_does():
+    """To the bit; and goes on from there."""
+    model, prompt = lively(TINY, compute_dtype=torch.bfloat16).eval(), prompts()[1]
+    with torch.no_grad():
+        decoder = Decoder(model, 1, 12)
+        logits, _ = decoder.feed([prompt])
+        assert torch.equal(logits, model(torch.tensor([prompt])).logits_BSV[:, -1].float())
+        assert decoder.feed([[3]])[0].isfinite().all()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_each_row_are_those_of_the_row_alone(variant):
     """To 1e-5, after the prompt and after each of four tokens."""

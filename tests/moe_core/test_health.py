@@ -214,6 +214,22 @@ def test_one_collapsed_layer_out_of_four_is_named_and_most_layers_are_said_once(
     assert {f.layer for f in everywhere} == {None}
 
 
+@pytest.mark.parametrize("whole, layers, heard", [
+    (1.5, (1.5, 1.5, 0, 0), [("watch", 0, "layer 0: high"), ("watch", 1, "layer 1: high")]),  # no more than half
+    (1.5, (1.5, 1.5, 1.5, 0), [("watch", None, "high (layers 0, 1, 2)")]),
+    (1.5, (1.5, 1.5, 1.5, 3), [("alarm", 3, "layer 3: high"), ("watch", None, "high (layers 0, 1, 2)")]),
+    (1.5, (1.5,) * 4, [("watch", None, "high")]),
+    (0.7, (0.7,) * 4, [("ok", None, "fair")]),
+    (0.7, (1.5, 0, 0, 0), [("watch", 0, "layer 0: high")]),
+])
+def test_layers_are_named_where_they_are_few_or_worse_than_all_together(whole, layers, heard):
+    rules = [Rule("r", "m", level, sustained(above=line), says)
+             for level, line, says in (("ok", 0.5, "fair"), ("alarm", 2.0, "high"), ("watch", 1.0, "high"))]
+    frame = pd.DataFrame({"m": whole, **{f"m/layer_{i}": value for i, value in enumerate(layers)}},
+                         index=pd.Index(range(1, 51), name="step"), dtype=float)
+    assert [(f.level, f.layer, f.text) for f in findings(frame, {}, 8, rules=rules)] == heard
+
+
 def test_levers_are_of_the_knobs_that_there_are_and_stop_where_the_guide_stops():
     frame = put(healthy(), "router/max_frac_max", 0.45)
     found, = findings(frame, {"load_balance_alpha": 0.2, "router_temp": 1.3379}, 8)

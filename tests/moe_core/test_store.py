@@ -120,6 +120,9 @@ def test_a_row_that_cannot_be_is_refused_and_changes_nothing(store, row, words):
     assert [store.read_steps(branch).steps.tolist() for branch in (1, 2)] == [[1, 2, 3, 4, 5], [1, 2, 3, 4]]
     store.log_step(2, 5, 0.0, {"a": 1e300})
     assert store.read_steps(2, since=4).values.tolist() == [[math.inf]]  # what float32 rounds it to
+    store.close()
+    with RunStore.open(store.path, write=True) as again, pytest.raises(StoreError, match="takes steps after 4"):
+        again.log_step(2, 3, 0.0, {"a": 1.0})
 
 
 def test_a_branch_shows_its_ancestors_up_to_each_fork(store, rng, monkeypatch):
