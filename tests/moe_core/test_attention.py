@@ -96,6 +96,8 @@ def test_rotation_turns_each_pair_by_its_angle():
         return torch.cat((turned.real, turned.imag), -1)
     torch.testing.assert_close(gradients(lambda x: apply_rope(x, tables), (x,), g), gradients(as_complex, (x,), g),
                                rtol=1e-6, atol=1e-6)  # the angles are float32
+    exact, rounded = (rope_tables(600, 8, 1e4, x.device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(exact, rounded, strict=True))  # position 257 too
     same = apply_rope(x[:1, :1].expand(1, 9, 3, 8), tables)
     products = (same[0, :, None] * same[0, None, :]).sum(-1)
     torch.testing.assert_close(products[1:, 1:], products[:-1, :-1], rtol=1e-5, atol=1e-5)
