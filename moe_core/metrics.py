@@ -168,7 +168,7 @@ def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict
     out["router/max_frac_max"] = float(top_L.max())
     out["router/active_min"] = float(active_L.min())
     share, active = collapse_lines(router.top_k)
-    chooses = router.top_k == 1 or router.top_k < demand_LE.shape[1]
+    chooses = router.top_k < demand_LE.shape[1]
     out["router/collapsed"] = float(chooses and (top_L.max() >= share or active_L.min() <= active))
     for key, share_E in (("dem", demand_LE.mean(0)), ("srv", served_LE.mean(0))):
         out[f"router/frac_{key}_max"] = float(share_E.max())

@@ -131,14 +131,14 @@ def test_a_line_is_scaled_to_the_picks():
 
 @pytest.mark.parametrize("K, demand, is_so", [
     (1, [0.9, 0.1, 0, 0], 1), (1, [0.89, 0.11, 0, 0], 0), (1, [1, 0, 0, 0], 1), (2, [0.5, 0.5, 0, 0], 1),
-    (2, [0.46, 0.2, 0.2, 0.14], 1), (2, [0.44, 0.3, 0.26, 0], 0), (4, [0.25] * 4, 0)])
+    (2, [0.46, 0.2, 0.2, 0.14], 1), (2, [0.44, 0.3, 0.26, 0], 0), (4, [0.25] * 4, 0), (1, [1], 0)])
 def test_collapsed_means_the_same_to_the_metric_and_to_the_rule(K, demand, is_so):
     """An expert in nine of ten tokens' picks, or K experts that have all; not where K = E leaves no choice."""
     shares = np.tile(np.array(demand, np.float32), (2, 1, 1))
     told = router_metrics(Reading(0.0, *np.zeros((6, 1)), shares, None, np.zeros(0)), 0.0, RouterConfig(top_k=K))
     assert told["router/collapsed"] == is_so
     frame = pd.DataFrame({name: told[name] for name in ("router/max_frac_max", "router/active_min")}, index=[1])
-    assert ("collapsed" in {found.rule for found in findings(frame, {}, 4, K)}) == is_so
+    assert ("collapsed" in {found.rule for found in findings(frame, {}, len(demand), K)}) == is_so
 
 
 def test_an_extreme_over_the_layers_is_of_one_layer():
