@@ -10,6 +10,7 @@ from moe_core.config import RouterConfig
 from moe_core.health import RULES, Rule, findings, healthy_band, sustained
 from moe_core.knobs import KNOBS
 from moe_core.metrics import Reading, router_metrics
+from moe_core.rules import down_to, move, scale, up_to, within
 
 EXPERIMENT_1 = {"router_temp": 1.3, "router_noise_std": 0.3, "load_balance_alpha": 0.12, "router_z_loss_coef": 1e-3,
                 "capacity_factor": 1.25, "lr_scale": 1.0, "grad_clip": 1.0}
@@ -235,6 +236,22 @@ def test_levers_are_of_the_knobs_that_there_are_and_stop_where_the_guide_stops()
     found, = findings(frame, {"load_balance_alpha": 0.2, "router_temp": 1.3379}, 8)
     assert [lever.text for lever in found.levers] == ["router_temp 1.34 -> 1.64"]
     assert (found.low, found.high) == healthy_band("router/max_frac_max", 8) == (None, 0.4)
+
+
+TEMP, ALPHA = "router_temp", "load_balance_alpha"
+
+
+@pytest.mark.parametrize("make, now, then", [
+    (move(TEMP, 0.3), 1.3379, 1.64), (move(TEMP, 0.3), 99.8, 100.0), (move(TEMP, 0.3), 100.0, None),
+    (move(TEMP, -0.2), 0.25, 0.1), (move(TEMP, -0.2), 0.1, None), (move(TEMP, -0.2), 0.05, None),  # the slider's end
+    (up_to(ALPHA, 0.1, 0.2), 0.1, 0.2), (up_to(ALPHA, 0.1, 0.2), 0.09999, 0.2), (up_to(ALPHA, 0.1, 0.2), 0.3, None),
+    (down_to(TEMP, 1.2, 0.9), 1.2, 0.9), (down_to(TEMP, 1.2, 0.9), 1.2001, 0.9), (down_to(TEMP, 1.2, 0.9), 0.8, None),
+    (within(ALPHA, 0.1, 0.2), 0.15, None), (within(ALPHA, 0.1, 0.2), 0.02, 0.1), (within(ALPHA, 0.1, 0.2), 0.5, 0.2),
+    (scale(ALPHA, 0.75), 0.123, 0.0922), (scale(ALPHA, 0.75), 0.0, None), (move("capacity_factor", 1.0), 2.0, None)])
+def test_a_lever_turns_its_own_way_to_the_next_stop_and_is_none_where_there_is_none(make, now, then):
+    """A stop that is all but reached is not the next one; nor is a knob that the run does not have turned."""
+    lever = make({TEMP: now, ALPHA: now}, "when")
+    assert (None if lever is None else (lever.value_from, lever.value_to)) == (None if then is None else (now, then))
 
 
 def test_a_user_adds_a_rule_in_three_lines_and_a_broken_one_is_named():
