@@ -52,12 +52,12 @@ def test_a_slider_that_is_dragged_shows_what_it_would_do_and_turns_once_when_let
         page.mouse.move(x + 8 * step, y)
     said = until(lambda: then.count() and re.search(r"0\.1 → ([\d.]+), on the batch of step 60", then.inner_text()),
                  "now -> then")
-    entropy = re.search(r"entropy, nats\s+([\d.]+) → ([\d.]+)", then.inner_text())
-    assert float(entropy[2]) > float(entropy[1]) + 0.1  # a higher temperature is a less certain router
     page.mouse.move(x + 70, y)
     aim = float(knob.locator(".noUi-handle").get_attribute("aria-valuetext"))
     until(lambda: float(re.search(r"0\.1 → ([\d.]+),", then.inner_text())[1]) == pytest.approx(aim, rel=0.01),
           "it follows")
+    entropy = re.search(r"entropy, nats\s+([\d.]+) → ([\d.]+)", then.inner_text())
+    assert float(entropy[2]) > float(entropy[1]) + 0.1  # a higher temperature is a less certain router
     assert aim > float(said[1])
     assert turns() == []
     page.mouse.up()
