@@ -73,7 +73,8 @@ export default {
 """
 
 _CSS = """
-.moe-workbench { container-type: inline-size; gap: 8px; overflow: hidden; padding: 2px; }
+.moe-workbench { container-type: inline-size; gap: 8px; overflow: hidden; padding: 2px;
+  scrollbar-color: var(--jp-border-color0) transparent; }  /* of the theme, where a browser's own are light */
 .moe-workbench > * { margin: 0; }
 .moe-workbench .jupyter-widgets-disconnected::before { content: none; }
 .moe-workbench.jupyter-widgets-disconnected::before {

@@ -33,7 +33,8 @@ export default () => {
   let shared, plotly, heard = null;  // the model; plotly's widget, once it is read; what the view being made listens to
   const read = async () => {
     const script = URL.createObjectURL(new Blob([shared.get("_script")], { type: "text/javascript" }));
-    const widget = (await import(script)).default();
+    const { default: made } = await import(script);
+    const widget = typeof made === "function" ? await made() : made;  // as anywidget takes it
     URL.revokeObjectURL(script);
     widget.initialize({ model: {
       get: (name) => shared.get(name),
