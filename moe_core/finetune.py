@@ -72,7 +72,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
 
         return begin_with(config, init_from_hf, say)
     source = find(init_from if upcycle_from is None else upcycle_from, keep_optimizer)
-    config, folder = with_tokenizer(config, tokenizer_of(source.config, say), source.config, source.name, say)
+    config, folder = with_tokenizer(config, tokenizer_of(source.config, say), source.config.model.vocab_size,
+                                    source.config, source.name, say)
     if upcycle_from is not None:
         model, parent = upcycled(config, source, upcycle_noise, say), {"how": "upcycle_from", "noise": upcycle_noise}
     else:
@@ -191,12 +192,12 @@ def shapes(config: RunConfig) -> dict[str, torch.Size]:
 
 # ---- the tokenizer that comes with them ----------------------------------------------------------------------
 
-def with_tokenizer(config: RunConfig, theirs: Pretrained | None, data_of: RunConfig | None, name: str,
+def with_tokenizer(config: RunConfig, theirs: Pretrained | None, vocab_size: int, data_of: RunConfig | None, name: str,
                    say: Callable[[str], None]) -> tuple[RunConfig, Path | None]:
     """The config, settled, with the tokenizer of the weights where it names none; and the folder to keep of it.
 
-    ``data_of``: the run that the weights were trained in, whose data are the same tokens again. Raises ConfigError
-    where it names another.
+    ``vocab_size``: of the weights. ``data_of``: the run that they were trained in, whose data are the same tokens
+    again. Raises ConfigError where it names another.
     """
     own = config.data.tokenizer
     if own is not None:
@@ -205,7 +206,7 @@ def with_tokenizer(config: RunConfig, theirs: Pretrained | None, data_of: RunCon
                                                                                    theirs.end_of_text):
             raise ConfigError(f"tokenizer = {own!r}: must be the one that the weights of {name} were trained with "
                               f"({theirs.name}); left None, it is")
-        return settled(config, say), None
+        return settled(config, say, vocab_size), None
     same = data_of is not None and (data_of.data, data_of.model.vocab_size) == (config.data, config.model.vocab_size)
     if theirs is None or same:
         return settled(config, say), None

@@ -73,14 +73,15 @@ def kind_of(data: DataConfig) -> str:
     return "hub" if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else "files"
 
 
-def settled(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
+def settled(config: RunConfig, say: Callable[[str], None], weights_vocab: int | None = None) -> RunConfig:
     """The config with what follows from its data filled in: the ``vocab_size`` of a tokenizer given by name.
 
-    Settling twice changes nothing. Raises DataError.
+    One that is ``weights_vocab``, that of the weights which the run begins with, stays. Settling twice changes nothing.
+    Raises DataError.
     """
     _refuse_nameless(config.data)
     _refuse_unread(config.data)
-    return settled_vocabulary(config, say)
+    return config if config.model.vocab_size == weights_vocab else settled_vocabulary(config, say)
 
 
 def open_data(config: RunConfig, pin: bool, say: Callable[[str], None]) -> Data:

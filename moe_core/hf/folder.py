@@ -124,7 +124,7 @@ def begin_with(config: RunConfig, folder: str | os.PathLike, say: Callable[[str]
         tokenizer = load_pretrained(str(folder.resolve())) if (folder / "tokenizer.json").exists() else None
     except DataError as error:
         raise DataError(f"init_from_hf: {error}") from error
-    config, kept = finetune.with_tokenizer(config, tokenizer, None, name, say)
+    config, kept = finetune.with_tokenizer(config, tokenizer, theirs.model.vocab_size, None, name, say)
     with _loading(folder):
         state, temp = _weights(folder, theirs, say)
     first = Knobs(config)["router_temp"].at(1)

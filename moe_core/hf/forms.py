@@ -121,7 +121,8 @@ def fields_of(theirs) -> dict[str, Any]:
             ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
             ("layer_types", set(getattr(t, "layer_types", None) or ["full_attention"]), {"full_attention"}),
             ("mlp_only_layers", skipped, list(range(len(skipped)))),
-            ("head_dim", t.head_dim or t.hidden_size // t.num_attention_heads, t.hidden_size // t.num_attention_heads)):
+            ("head_dim", getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads,
+             t.hidden_size // t.num_attention_heads)):
         if value != wanted:
             raise ConfigError(f"{name} = {value!r} in the folder: must be {wanted!r} for a model of this kind")
     mixtral, shared = t.model_type == MIXTRAL, 0

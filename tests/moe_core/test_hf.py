@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, Qwen3MoeForCausalLM
 
 from moe_core import ConfigError, Run
 from moe_core.export import ExportError
@@ -114,20 +114,30 @@ def test_a_shared_expert_behind_a_gate_that_does_something_is_refused(tiny):
         forms.from_hf(theirs, config.model, "qwen3_next")
 
 
-def test_a_folder_of_transformers_goes_in_and_out_to_the_bit(tiny, create, tmp_path):
-    """A model that transformers made and saved: every tensor of the export is its own again."""
-    made = MixtralForCausalLM(MixtralConfig(
-        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True,
-        max_position_embeddings=32)).float()
+@pytest.mark.parametrize("kind, fields", [
+    (MixtralForCausalLM, dict(intermediate_size=48, num_local_experts=4)),
+    (Qwen3MoeForCausalLM, dict(moe_intermediate_size=48, num_experts=4)),  # whose head_dim need not be said
+])
+def test_a_folder_of_transformers_goes_in_and_out_to_the_bit(tiny, create, tmp_path, tokenizer_folder, kind, fields):
+    """A model that transformers made and saved: every tensor of the export is its own again. Its vocabulary stays as
+    large as it is, though its tokenizer, which a config may also name, would have one padded.
+    """
+    made = kind(kind.config_class(
+        vocab_size=700, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        num_experts_per_tok=2, tie_word_embeddings=True, max_position_embeddings=32, **fields)).float()
     with torch.no_grad():
         for p in made.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
     made.save_pretrained(tmp_path / "in")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "in")
     config = tiny().replace(**hf.fields(tmp_path / "in"))
     run = create("run", config, init_from_hf=tmp_path / "in")
     again = load(run.export_hf(tmp_path / "out")).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in made.state_dict().items())
+    for its, how in ((run.config, {"init_from": run}),
+                     (config.replace(tokenizer=str(tmp_path / "in")), {"init_from_hf": tmp_path / "in"})):
+        child = create(*how, its, **how)
+        assert torch.equal(child._trainer.model.embed.weight, run._trainer.model.embed.weight)
 
 
 def test_a_fresh_process_with_plain_transformers_writes_the_same_text(trained, tmp_path):
