@@ -1,0 +1,191 @@
+"""A report's numbers are those of the run's rows, each in its place: value, step, layer, expert, branch and side."""
+
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moe_core.effects import COLUMNS
+from moe_core.gates import check
+from moe_core.health import Finding, Lever
+from moe_core.store import MAIN, RunStore
+from widgets import compare
+from widgets.record import Record
+from widgets.report_blocks import Bullets, Entry, State, Table, Text, Tiles
+from widgets.report_contents import _snapshots, document, effect_blocks
+from widgets.report_words import assessment, observations
+
+LAST = slice(-50, None)
+NUMBER = re.compile(r"[−+-]?\d[\d,]*(?:\.\d+)?(?:e-\d+)?")
+
+
+@pytest.fixture
+def logged(tiny, tmp_path):
+    """120 random rows at every second step, L = 2 and E = 4, and the record that a report is made from."""
+    rng, steps = np.random.default_rng(), np.arange(2, 241, 2)
+    frame = pd.DataFrame({name: rng.uniform(low, high, 120) for name, low, high in (
+        ("train/loss", 8, 9), ("router/top1_p_mean", 0.85, 0.95), ("router/max_frac_mean", 0.3, 0.45),
+        ("router/max_frac_max", 0.5, 0.6), ("router/drop_frac_mean", 0.2, 0.4), ("router/aux_mean", 1, 2),
+        ("router/load_balance_alpha", 0.5, 0.9), ("router/z_mean", 5, 9), ("router/z_loss_coef", 0.1, 0.2),
+        ("router/entropy_mean/layer_0", 0.05, 0.1), ("router/entropy_mean/layer_1", 0.1, 0.15))}, index=steps)
+    frame["train/ce"] = 6 - steps / 80 + rng.normal(0, 0.1, 120)
+    frame["val/loss"] = np.where(steps % 20 == 0, rng.uniform(5, 6, 120), np.nan)
+    frame.loc[[60, 240], "val/loss"] = 4.5, 7.0
+    frame["router/entropy_mean"] = frame.filter(like="entropy").mean(axis=1)
+    frame["router/active_min"], frame["router/collapsed"] = 4.0, 0.0
+    frame.loc[[20, 200], "router/active_min"] = 1.0, 2.0
+    frame.loc[[10, 30], "router/collapsed"] = 1.0
+    frame["grad/clipped_cum"] = np.cumsum(rng.integers(0, 3, 120))
+    shares = np.stack([rng.dirichlet(weights, (120, 2)) for weights in ([4, 3, 1, 2], [30, 10, 20, 15])], 1)
+    for expert in range(4):
+        frame[f"router/frac_srv_e{expert}"] = shares[:, 1].mean(1)[:, expert]
+    with RunStore.create(tmp_path / "logged", tiny(max_steps=500).to_dict()) as store:
+        for step, one in zip(steps, shares, strict=True):
+            row = {name: float(value) for name, value in frame.loc[step].items() if value == value}
+            store.log_step(MAIN, int(step), 0.0, row, one.astype(np.float32))
+        return frame, shares, Record.read(store)
+
+
+def numbers(text):
+    return [float(one.replace(",", "").replace("−", "-")) for one in NUMBER.findall(text)]
+
+
+def test_the_assessment_is_of_the_rows_that_it_names(logged):
+    frame, shares, record = logged
+    said = {head: words for head, words, _ in assessment(record)}
+    late, worst, served = frame.iloc[LAST], frame["router/max_frac_max"], shares[LAST, 1].mean((0, 1))
+    assert numbers(said["Balance"]) == pytest.approx([
+        50, 100 * late["router/max_frac_mean"].mean(), 25, 100 * worst.max(), worst.idxmax(),
+        50, 100 * served.min(), served.argmin(), 100 * served.max(), served.argmax(), 50, 2, 4, 2, 10, 30,
+        100 * late["router/drop_frac_mean"].mean(), 50], rel=5e-3)
+    entropy, top = frame["router/entropy_mean"], frame["router/top1_p_mean"]
+    assert numbers(said["Specialisation"]) == pytest.approx([
+        entropy[:50].mean(), 50, entropy[LAST].mean(), 50, round(entropy[LAST].mean() / math.log(4), 2), 4, math.log(4),
+        top[:50].mean(), top[LAST].mean(), 0.25,
+        0, late["router/entropy_mean/layer_0"].mean(), 1, late["router/entropy_mean/layer_1"].mean()], rel=5e-3)
+    aux, alpha = late["router/aux_mean"], late["router/load_balance_alpha"]
+    weighed = (late["router/z_mean"] * late["router/z_loss_coef"]).mean()
+    assert numbers(said["Regularisation"]) == pytest.approx([
+        aux.mean(), alpha.iloc[-1], 50, (aux / alpha).mean(), 1, 4, late["router/z_mean"].mean(), weighed,
+        100 * (aux.mean() + weighed) / late["train/loss"].mean()], rel=5e-3)
+    count = frame["grad/clipped_cum"]
+    recent = (count[240] - count[142]) / 98
+    assert numbers(said["Clipping"]) == [count[240], 240, round(100 * count[240] / 240), round(100 * recent), 50]
+
+
+def test_what_is_observed_is_the_last_value_or_mean_its_trend_and_where_it_lies(logged):
+    frame, shares, record = logged
+    rows = {row[0]: row[1:] for row in observations(record).rows}
+    assert "train/loss" not in rows  # its part that matters is there
+    for name in ("train/ce", "router/aux_mean"):
+        assert float(rows[name][0]) == pytest.approx(frame[name].iloc[LAST].mean(), rel=1e-3)
+    slope = np.polyfit(np.arange(100), frame["train/ce"].iloc[-100:], 1)[0]
+    assert numbers(rows["train/ce"][2]) == pytest.approx([99 * slope, 100], rel=5e-3)
+    assert rows["router/aux_mean"][2] == "none in 100 steps" and rows["val/loss"][2] == "12 values, too few"
+    assert (float(rows["val/loss"][0]), rows["val/loss"][4]) == (7.0, "lowest 4.5 at step 60")
+    for name, healthy, where in (("entropy_mean", "0.277 to 1.33", "below the range"),
+                                 ("top1_p_mean", "0.375 to 0.657", "above the range"),
+                                 ("max_frac_mean", "up to 0.5", "inside the range")):
+        assert rows[f"router/{name}"][3:] == (healthy, where)
+    spark = rows["router/top1_p_mean"][1]
+    assert (spark.low, spark.high) == pytest.approx((0.375, 0.657), abs=1e-3)
+    served = shares[LAST, 1].mean((0, 1))
+    for expert, word in ((served.argmin(), "least"), (served.argmax(), "most")):
+        row = rows[f"router/frac_srv_e{expert}, the {word} served"]
+        assert float(row[0]) == pytest.approx(served[expert], rel=1e-3)
+    count = frame["grad/clipped_cum"]
+    clipped = rows["grad/clipped_cum / steps"]
+    assert clipped[0] == f"{count[240] / 240:.1%}" and clipped[1].values[0] == count[2] / 2
+
+
+def test_tiles_and_snapshots_are_of_their_steps(logged):
+    frame, _, record = logged
+    gates = check(["train/ce < 0", "train/ce > 0", "train/ce < 1 by 999", "train/loss > 0"], record.metrics)
+    parts = document(record, gates, [], [], [101, 240, 1, 100]).blocks
+    tiles = {what: more for what, *more in next(part for part in parts if isinstance(part, Tiles)).tiles}
+    entropy = frame["router/entropy_mean"].iloc[-1]
+    assert tiles.pop("health")[::2] == ["alarm", "alarm"]  # the router is peaked
+    assert tiles == {
+        "steps": ["240", "of 500 planned", "none"], "validation loss": ["7", "lowest 4.5 at step 60", "none"],
+        "router entropy": [f"{entropy:.3g}", f"{entropy / math.log(4):.2f} of ln 4", "none"],
+        "acceptance": ["2 of 4", "2 passed, 1 failed, 1 not reached", "alarm"]}
+    table = next(part for part in parts if isinstance(part, Table) and part.head[0] == "metric")
+    assert table.head[1:] == ("step 1", "step 100", "step 101", "step 240")
+    ce = frame["train/ce"]
+    assert next(row for row in table.rows if row[0] == "`train/ce`")[1:] == (
+        "–", f"{ce[100]:.4g}", f"{ce[100]:.4g} (at 100)", f"{ce[240]:.4g}")
+    _, quarters = _snapshots(record, None)
+    assert quarters.head[1:] == ("step 60", "step 120", "step 180", "step 240")
+
+
+def test_what_a_turn_brought_is_said_on_its_side_and_once():
+    """Of several knobs at a step once; a constant metric is not tested; equal demand and served are one expert's."""
+    def row(knob, metric, before, after, difference, stands_out, said="", step=51):
+        return [step, knob, 0.0, 1.0, metric, before, after, difference, difference - 0.5, difference + 0.5,
+                stands_out, 40.0, said]
+    cut = "before: from step 31, the previous turn"
+    rows = [row(knob, *one) for knob in ("router_temp", "grad_clip") for one in (
+        ("train/ce", 5.0, 3.0, -1.25, True, f"{cut}; turned together with grad_clip"),
+        ("train/loss", 5.0, 4.0, -0.1, False, cut), ("router/aux_mean", 1.0, 1.0, 0.0, False, f"{cut}; constant"),
+        ("router/frac_dem_e1", 0.5, 0.7, 0.125, True, cut), ("router/frac_srv_e1", 0.5, 0.7, 0.125, True, cut),
+        ("val/loss", 6.0, 5.0, math.nan, None, f"{cut}; 5 values before and 5 after: too few to tell, each needs 20"))]
+    frame = pd.DataFrame([*rows, row("lr_scale", "train/ce", 1.0, 2.0, 9.0, True, step=81)],
+                         columns=COLUMNS).astype({"stands_out": "boolean"})
+    text, table = effect_blocks(frame, 51)
+    assert text == Text(f"2 of 3 metrics stand out ({cut}).")
+    assert table.head[1:4] == ("mean before", "mean after", "change beside the trend")
+    assert table.rows == (("train/ce", "5", "3", "−1.25", "−1.75 to −0.75"),
+                          ("router/frac_srv_e1", "0.5", "0.7", "+0.125", "−0.375 to +0.625"))
+    assert effect_blocks(frame[~frame["stands_out"].fillna(True)], 51) == [
+        Text(f"None of 1 metrics stands out from the noise ({cut}).")]
+    assert effect_blocks(frame, 1) == [Text("Too few steps on one side to tell what it brought.")]
+
+
+def test_a_finding_is_said_once_with_where_else_it_is_and_each_lever_under_its_own_undo(logged):
+    *_, record = logged
+    temp, alpha, coef = (Lever(knob, 1.0, 2.0, f"{knob} 1.00 -> 2.00", undo) for knob, undo in (
+        ("router_temp", "once calm"), ("load_balance_alpha", "once even"), ("router_z_loss_coef", "once calm")))
+
+    def finding(level, rule, layer, value, levers=()):
+        return Finding(level, rule, f"router/{rule}", "sustained", 141, 240, value, None, 0.4, f"{rule} is off", levers,
+                       layer)
+    found = [finding("alarm", "max_frac_max", 1, 0.75, (temp, alpha, coef)), finding("watch", "mine", None, 0.3),
+             finding("alarm", "max_frac_max", None, 0.625), finding("ok", "entropy", None, 0.1)]
+    record = replace(record, findings=found)
+    assert record.counted() == {"alarm": 1, "watch": 1}
+    entry, = (part for part in document(record, [], [], []).blocks if isinstance(part, Entry) and part.blocks)
+    said = "max_frac_max is off; also all layers (0.625)"
+    assert (entry.at, entry.kind, entry.title) == ("steps 141 to 240", "alarm", f"Alarm: {said}")
+    assert entry.blocks == (Bullets((
+        "`router_temp 1.00 -> 2.00` or `router_z_loss_coef 1.00 -> 2.00`; watch router/max_frac_max; undo: once calm",
+        "`load_balance_alpha 1.00 -> 2.00`; watch router/max_frac_max; undo: once even")),)
+    assert {head: found for head, _, found in assessment(record)} == {
+        "Balance": (f"Alarm, steps 141 to 240: {said}.",), "Regularisation": (),
+        "Specialisation": ("Fine, steps 141 to 240: entropy is off.",), "Clipping": (), "Other findings": ("Watch, steps 141 to 240: mine is off.",)}
+
+
+def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged, tiny_run):
+    frame, _, record = logged
+    run = tiny_run("other")
+    run.step(12)
+    other, gates = Record.read(run), ["train/ce < 6.5 at 240", "train/ce > 0"]
+    mine, theirs = (check(gates, one.metrics) for one in (record, other))
+    checklist, = (part for part in document(record, mine, [other], [theirs]).blocks
+                  if isinstance(part, Table) and part.head[0] == "gate")
+    assert checklist.head[3:] == ("`other`",)
+    assert [row[1:2] + row[3:] for row in checklist.rows] == [
+        (State("passed", "ok"), State("not reached", "none")), (State("passed", "ok"), State("passed", "ok"))]
+    assert checklist.rows[0][2] == f"{frame['train/ce'][240]:.4g} at step 240"
+    rows = {row[0]: row[1:] for row in compare.standing([record, other, record], ["a", "b", "c"]).rows}
+    seen = run.metrics()
+    assert rows["last step"] == ("240", "12", "240")
+    assert rows["val/loss, last"][:2] == ("7 at 240", f"{seen['val/loss'][10]:.4g} at 10")
+    assert rows["val/loss, lowest"][0] == "4.5 at 60"
+    assert numbers(" ".join(rows["train/ce"][:2])) == pytest.approx(
+        [frame["train/ce"].iloc[LAST].mean(), seen["train/ce"].mean()], rel=1e-3)
+    count = frame["grad/clipped_cum"]
+    assert rows["clipped, of the last steps"][0] == f"{(count[240] - count[142]) / 98:.0%}"
+    assert compare.labels([record, other, record]) == ["logged", "other", "logged (2)"]
