@@ -163,8 +163,9 @@ def test_a_finding_is_said_once_with_where_else_it_is_and_each_lever_under_its_o
         "`router_temp 1.00 -> 2.00` or `router_z_loss_coef 1.00 -> 2.00`; watch router/max_frac_max; undo: once calm",
         "`load_balance_alpha 1.00 -> 2.00`; watch router/max_frac_max; undo: once even")),)
     assert {head: found for head, _, found in assessment(record)} == {
-        "Balance": (f"Alarm, steps 141 to 240: {said}.",), "Regularisation": (),
-        "Specialisation": ("Fine, steps 141 to 240: entropy is off.",), "Clipping": (), "Other findings": ("Watch, steps 141 to 240: mine is off.",)}
+        "Balance": (f"Alarm, steps 141 to 240: {said}.",), "Regularisation": (), "Clipping": (),
+        "Specialisation": ("Fine, steps 141 to 240: entropy is off.",),
+        "Other findings": ("Watch, steps 141 to 240: mine is off.",)}
 
 
 def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged, tiny_run):
