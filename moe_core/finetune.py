@@ -72,8 +72,8 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
 
         return begin_with(config, init_from_hf, say)
     source = find(init_from if upcycle_from is None else upcycle_from, keep_optimizer)
-    config, folder = with_tokenizer(config, tokenizer_of(source.config, say), source.config.model.vocab_size,
-                                    source.config, source.name, say)
+    config = with_tokenizer(config, tokenizer_of(source.config, say), source.config.model.vocab_size, source.config,
+                            source.name, say)
     if upcycle_from is not None:
         model, parent = upcycled(config, source, upcycle_noise, say), {"how": "upcycle_from", "noise": upcycle_noise}
     else:
@@ -81,7 +81,7 @@ def prepare(config: RunConfig, say: Callable[[str], None], *, init_from=None, ke
         for field, (now, was) in computes_otherwise(source.config, config).items():
             say(f"{field} = {now!r}: it was {was!r} in {source.name}, so the same weights compute something else here")
         model, parent = fitted(config, source, say), {"how": "init_from", "optimizer": keep_optimizer}
-    return config, Origin(model, source.optimizer if keep_optimizer else None, source.parent | parent, folder)
+    return config, Origin(model, source.optimizer if keep_optimizer else None, source.parent | parent)
 
 
 # ---- where weights are ---------------------------------------------------------------------------------------
@@ -193,8 +193,8 @@ def shapes(config: RunConfig) -> dict[str, torch.Size]:
 # ---- the tokenizer that comes with them ----------------------------------------------------------------------
 
 def with_tokenizer(config: RunConfig, theirs: Pretrained | None, vocab_size: int, data_of: RunConfig | None, name: str,
-                   say: Callable[[str], None]) -> tuple[RunConfig, Path | None]:
-    """The config, settled, with the tokenizer of the weights where it names none; and the folder to keep of it.
+                   say: Callable[[str], None]) -> RunConfig:
+    """The config, settled, with the tokenizer of the weights where it names none.
 
     ``vocab_size``: of the weights. ``data_of``: the run that they were trained in, whose data are the same tokens
     again. Raises ConfigError where it names another.
@@ -206,15 +206,15 @@ def with_tokenizer(config: RunConfig, theirs: Pretrained | None, vocab_size: int
                                                                                    theirs.end_of_text):
             raise ConfigError(f"tokenizer = {own!r}: must be the one that the weights of {name} were trained with "
                               f"({theirs.name}); left None, it is")
-        return settled(config, say, vocab_size), None
+        return settled(config, say, vocab_size)
     same = data_of is not None and (data_of.data, data_of.model.vocab_size) == (config.data, config.model.vocab_size)
     if theirs is None or same:
-        return settled(config, say), None
+        return settled(config, say)
     if data_of is not None and data_of.data.tokenizer and not Path(theirs.name).is_dir():
-        return config.replace(tokenizer=theirs.name), None  # a name of the hub, to be found as it was
+        return config.replace(tokenizer=theirs.name)  # a name of the hub, to be found as it was
     folder = adopted(theirs)
     say(f"tokenizer = {str(folder)!r}: the {theirs.vocab_size:,} tokens of {name}")
-    return config.replace(tokenizer=str(folder)), folder
+    return config.replace(tokenizer=str(folder))
 
 
 # ---- upcycling -----------------------------------------------------------------------------------------------

@@ -34,22 +34,25 @@ class Origin:
     model: dict[str, Tensor]
     optimizer: dict | None
     parent: dict[str, Any]  # JSON values
-    tokenizer: Path | None  # a folder
-
-    def creation(self) -> dict[str, Any]:
-        """What ``RunStore.create`` needs to put it into the new run's directory."""
-        def fill(folder: Path) -> None:
-            try:
-                checkpoint.save(folder / STATE, {"model": self.model, "optimizer": self.optimizer}, self.parent)
-            except checkpoint.CheckpointError as error:
-                raise OSError(str(error.__cause__)) from error  # the store names the run
-            if self.tokenizer is not None:
-                shutil.copytree(self.tokenizer, folder / TOKENIZER)
-        return {"meta": {PARENT: self.parent}, "fill": fill}
 
     def begin(self, trainer: Trainer) -> Trainer:
         """``trainer`` at its first step, with these weights."""
         return _begun(trainer, {"model": self.model, "optimizer": self.optimizer})
+
+
+def creation(begins: Origin | None, tokenizer: str | None) -> dict[str, Any]:
+    """What ``RunStore.create`` needs to put into a new run's directory what it begins with, and the tokenizer of its
+    config where that lies in the cache, which may be emptied.
+    """
+    def fill(folder: Path) -> None:
+        try:
+            if begins is not None:
+                checkpoint.save(folder / STATE, {"model": begins.model, "optimizer": begins.optimizer}, begins.parent)
+        except checkpoint.CheckpointError as error:
+            raise OSError(str(error.__cause__)) from error  # the store names the run
+        if (kept := _in_cache(tokenizer)) is not None:
+            shutil.copytree(kept, folder / TOKENIZER)
+    return {"meta": {} if begins is None else {PARENT: begins.parent}, "fill": fill}
 
 
 def read(store: RunStore, device: torch.device | str = "cpu") -> dict[str, Any] | None:
@@ -81,12 +84,18 @@ def restore_tokenizer(store: RunStore, name: str | None) -> None:
     """Put the run's own copy of the tokenizer ``name`` of its config back into the cache, if it is gone from there; and
     nowhere else, wherever the config of a run that a stranger made says. Raises DataError.
     """
-    own, folder = store.path / TOKENIZER, Path(found(name or ""))
-    if own.is_dir() and folder.parent == cache_root() / "tokenizers":
+    own, folder = store.path / TOKENIZER, _in_cache(name)
+    if own.is_dir() and folder is not None:
         try:
             kept_folder(folder, lambda draft: shutil.copytree(own, draft))
         except OSError as error:
             raise unwritable(error) from error
+
+
+def _in_cache(name: str | None) -> Path | None:
+    """The folder of the cache that a tokenizer's name means, there or not; None for any other name."""
+    folder = Path(found(name or ""))
+    return folder if folder.parent == cache_root() / "tokenizers" else None
 
 
 def words(parent: Mapping[str, Any]) -> str:

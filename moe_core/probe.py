@@ -86,7 +86,7 @@ class Saved:
     """A run as its directory alone shows it, for :func:`inspect` and :func:`saturation` where there is no ``Run``: in
     another process than the one that trains it, or in a report. Now is the newest state that is saved.
 
-    ``store`` is only read. Raises ValueError for an imported log, which has no weights.
+    ``store`` is only read. Raises ValueError for an imported log, which has no weights, and DataError.
     """
 
     session = _trainer = None
@@ -95,6 +95,7 @@ class Saved:
         if store.get_meta("imported") is not None:
             raise ValueError(f"{store.path}: is an imported log, which has no weights to look into")
         self.store, self.config = store, RunConfig.from_dict(store.config)
+        origin.restore_tokenizer(store, self.config.data.tokenizer)
         self.history = History(store, 0, 1)
 
     @property

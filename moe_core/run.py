@@ -128,7 +128,7 @@ class Run(Timeline, Face):
         trainer = build_trainer(config, Knobs(config, resolve_device(config)), say)
         if begins is not None:
             begins.begin(trainer)
-        store = RunStore.create(path, config.to_dict(), **(begins.creation() if begins is not None else {}))
+        store = RunStore.create(path, config.to_dict(), **origin.creation(begins, config.data.tokenizer))
         with _closed_on_error(store):
             run = cls(store, config, trainer)
             store.set_meta(provenance.META, provenance.gather(trainer.device))

@@ -124,14 +124,14 @@ def begin_with(config: RunConfig, folder: str | os.PathLike, say: Callable[[str]
         tokenizer = load_pretrained(str(folder.resolve())) if (folder / "tokenizer.json").exists() else None
     except DataError as error:
         raise DataError(f"init_from_hf: {error}") from error
-    config, kept = finetune.with_tokenizer(config, tokenizer, theirs.model.vocab_size, None, name, say)
+    config = finetune.with_tokenizer(config, tokenizer, theirs.model.vocab_size, None, name, say)
     with _loading(folder):
         state, temp = _weights(folder, theirs, say)
     first = Knobs(config)["router_temp"].at(1)
     if first != temp:
         say(f"router_temp = {first:g}: at {temp:g} the router computes what it did in {name}")
     source = finetune.Source(name, theirs, state, None, {"path": str(folder.resolve()), "step": None})
-    return config, Origin(finetune.fitted(config, source, say), None, source.parent | {"how": "init_from_hf"}, kept)
+    return config, Origin(finetune.fitted(config, source, say), None, source.parent | {"how": "init_from_hf"})
 
 
 def _weights(folder: Path, theirs: RunConfig, say: Callable[[str], None]) -> tuple[dict[str, Tensor], float]:

@@ -133,16 +133,20 @@ def test_every_place_with_weights_can_be_begun_from(tiny_run, tiny, create):
 
 
 def test_the_tokenizer_stays_with_the_run(tiny_run, tiny, create, other_text):
-    """With the cache's copy gone, the run's own takes its place when it is opened."""
+    """With the cache's copy gone, the run's own takes its place when it is opened or attached to; also of runs made by
+    its config.
+    """
     parent = tiny_run("parent")
     child = create("child", tiny(dataset_name=str(other_text)), init_from=parent)
-    text = child.generate("def f", 5, temperature=0).text
-    child.close()
-    assert cache_root() in Path(child.config.data.tokenizer).parents
-    shutil.rmtree(child.config.data.tokenizer)
-    again = Run.open(child.path)
-    assert again.generate("def f", 5, temperature=0).text == text
-    again.close()
+    later, plain = create("later", child.config, init_from=child), create("plain", child.config)
+    for made, back in (child, Run.open), (later, Run.attach), (plain, Run.open):
+        text = made.generate("def f", 5, temperature=0).text
+        made.close()
+        assert cache_root() in Path(made.config.data.tokenizer).parents
+        shutil.rmtree(made.config.data.tokenizer)
+        again = back(made.path)
+        assert again.generate("def f", 5, temperature=0).text == text
+        again.close()
 
 
 @pytest.mark.parametrize("changes, said", [
