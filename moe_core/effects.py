@@ -84,9 +84,9 @@ def effects_of_ab(ab) -> pd.DataFrame:
 def between(store: RunStore, a: int, b: int, start: int, last: int) -> pd.DataFrame:
     """Two branches over the steps after ``start`` up to ``last``, where they saw the same batches.
 
-    Columns: metric, a, b (means), difference (the mean of b - a, step by step; its drift over the window is a
-    straight line of its own, its noise that of ``moe_core.noise``), low, high, stands_out, n_effective, said. Holm's
-    method is over all metrics. Metrics that are equal on every step are left out.
+    Columns: metric, a, b (means), difference (the mean of b - a, step by step, as estimated beside a straight line for
+    its drift and the noise of ``moe_core.noise``: not quite that of the two means), low, high, stands_out,
+    n_effective, said. Holm's method is over all metrics. Metrics that are equal on every step are left out.
 
     A difference that wanders by itself and means nothing stands out in at most 5 of 100 cases where its memory is
     short beside the window: in simulations of 20 to 100 steps with phi up to 0.9. A longer memory is not told from an

@@ -16,13 +16,13 @@ def noise(rng, n, n_series, phi, fast=0.0):
 
 
 def stored(path, steps, values_nM, turns):
-    """A run with these metrics x0, x1, ... and turns of router_temp to 1.0 at these steps."""
+    """A run with these metrics x0, x1, ... and turns of router_temp to 1.0 at these steps, or by step as they are."""
     store = RunStore.create(path, {})
     for step, row in zip(steps, values_nM, strict=True):
         store.log_step(MAIN, int(step), 0.0, {f"x{i}": float(v) for i, v in enumerate(row)})
-    for turn in turns:
-        store.log_event(MAIN, turn, "knob", turn if isinstance(turn, dict) else {
-            "name": "router_temp", "mode": "hold", "value": 1.0})
+    hold = {"name": "router_temp", "mode": "hold", "value": 1.0}
+    for step, turn in (turns if isinstance(turns, dict) else dict.fromkeys(turns, hold)).items():
+        store.log_event(MAIN, step, "knob", turn)
     return store
 
 
@@ -65,6 +65,16 @@ def test_a_strong_change_always_stands_out_with_its_size(tmp_path):
     assert len(table) == 40 and table["stands_out"].all()
     assert ((table["low"] < 12) & (table["high"] > 12)).mean() > 0.9
     assert table["difference"].mean() == pytest.approx(12, abs=1)
+
+
+def test_a_ramp_is_told_by_the_part_of_it_that_was_done(tmp_path):
+    """Over 100 steps, of which the window holds 50: half of what the whole of it would bring, from its step on."""
+    rng, steps = np.random.default_rng(), np.arange(1, 101)
+    values = noise(rng, 100, 40, 0.0) / 10 + 12 * np.clip((steps - 50) / 100, 0, 1)[:, None]
+    turn = {"name": "router_temp", "mode": "ramp", "value": 1.0, "over": 100}
+    with stored(tmp_path / "ramp", steps, values, {51: turn}) as store:
+        table = effects(store, MAIN)
+    assert table["difference"].mean() == pytest.approx(6, abs=0.1) and table["stands_out"].all()
 
 
 def test_two_branches_that_differ_by_noise_alone_are_not_told_apart_and_a_strong_difference_is():
@@ -148,6 +158,10 @@ def test_a_run_tells_what_its_turn_brought_and_leaves_out_what_the_turn_set(tiny
     assert aux["from"] == pytest.approx(0.02)
     assert "router/load_balance_alpha" not in table.index and "router/temp" not in table.index
     assert table.loc["router/drop_frac_mean", "said"] == "constant"
+    clipped, seen = run.metrics()["grad/clipped_cum"].diff(), table.loc["grad/clipped_cum"]
+    assert (seen["before"], seen["after"]) == pytest.approx(
+        (clipped.loc[:40].mean(), clipped.loc[41:].mean()))  # of a count, its growth a step
+    assert not any(name.startswith(("lr", "optim/", "val/ppl")) or "/layer_" in name for name in table.index)
     with pytest.raises(ValueError, match="window = 3: must be an integer, at least 20"):
         run.effects(window=3)
 
@@ -157,8 +171,11 @@ def test_two_branches_are_compared_step_by_step(tiny_run):
     run = tiny_run(max_steps=200)
     run.step(5)
     assert run.ab({}, {}, steps=25).effects().empty
-    table = run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25).effects()
-    aux = table.set_index("metric").loc["router/aux_mean"]
+    both = run.ab({"load_balance_alpha": 0.02}, {"load_balance_alpha": 1.0}, steps=25)
+    aux = both.effects().set_index("metric").loc["router/aux_mean"]
+    means = [run.metrics(name)["router/aux_mean"].loc[31:].mean() for name in (both.branch_a, both.branch_b)]
+    assert [aux["a"], aux["b"]] == pytest.approx(means, rel=1e-5)
+    assert aux["difference"] == pytest.approx(means[1] - means[0], rel=0.05)
     assert aux["stands_out"] and aux["low"] > 0 and aux["b"] > aux["a"]
 
 

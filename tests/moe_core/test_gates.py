@@ -23,16 +23,20 @@ def metrics():
     ("val/loss < 3.0 by 1800", "not reached", 3.5, 1600),
     ("val/loss < 5 by 1800", "passed", 4.8125, 1000),  # already there
     ("val/loss < 4.0 at 1400", "passed", 3.9375, 1400),
+    ("val/loss < 4.0 at 1600", "passed", 3.5, 1600),  # the last step there is
     ("val/loss < 4.0 at 1399", "failed", 4.375, 1200),
     ("val/loss < 4.0 at 2000", "not reached", 3.5, 1600),
     ("val/loss <= 3.5", "passed", 3.5, 1600),
     ("val/loss < 3.5", "failed", 3.5, 1600),
     ("val/loss in 3.9 +- 0.1 at 1400", "passed", 3.9375, 1400),
+    ("val/loss in 4.0 +- 0.1 at 1400", "passed", 3.9375, 1400),
     ("val/loss > 3.4 from 0", "passed", 3.5, 1600),
     ("router/frac_srv_e* in 0.24..0.26 from 1400", "failed", 0.30, 1500),
     ("router/frac_srv_e* in 0.24..0.26 from 1501", "passed", 0.253, 1501),
     ("router/frac_srv_e* in 0.24..0.26 from 1700", "not reached", np.nan, 0),
     ("router/frac_srv_e0 in .25..0.3", "passed", 0.25, 1600),  # on the line, as float32
+    ("router/frac_srv_e0 in 0.2...25", "passed", 0.25, 1600),
+    ("router/frac_srv_e0 > 0.25", "failed", 0.25, 1600),
     ("router/frac_srv_e0 == 2.5e-1", "passed", 0.25, 1600),
     ("router/frac_srv_e1 == 0.251", "passed", 0.251, 1600),  # which float32 has not
     ("router/frac_srv_e1 >= 0.251", "passed", 0.251, 1600),
@@ -53,6 +57,15 @@ def test_the_worst_of_many_metrics_is_named_and_counted(metrics):
     (answer,) = check("router/frac_srv_e* in 0.24..0.26 from 1400", metrics)
     assert answer.metric == "router/frac_srv_e3"
     assert answer.says == ("router/frac_srv_e3: 0.3 at step 1500; 1 of 201 logged steps are outside (1 of 4)")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("val/loss < 5 by 1800", "first 4.812 at step 1000"),
+    ("val/loss < 3 by 1800", "nearest 3.5 at step 1600; the run is at step 1600"),
+    ("val/loss > 3.4 from 0", "nearest to the line 3.5 at step 1600; 8 logged steps, 3.5 to 6.562"),
+    ("val/loss > 3.4 from 1601", "nothing is logged from step 1601 on; the run is at 1600")])
+def test_an_answer_says_which_steps_it_is_of(metrics, line, says):
+    assert check(line, metrics)[0].says == says
 
 
 def test_a_metric_that_the_run_lacks_is_said_and_a_close_name_offered(metrics):

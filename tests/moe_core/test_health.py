@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 from moe_core.config import RouterConfig
-from moe_core.health import RULES, Rule, findings, healthy_band, sustained
+from moe_core.health import RULES, Rule, findings, healthy_band, recent, sustained
 from moe_core.knobs import KNOBS
 from moe_core.metrics import Reading, router_metrics
 from moe_core.rules import down_to, move, scale, up_to, within
+from moe_core.store import MAIN, RunStore
 
 EXPERIMENT_1 = {"router_temp": 1.3, "router_noise_std": 0.3, "load_balance_alpha": 0.12, "router_z_loss_coef": 1e-3,
                 "capacity_factor": 1.25, "lr_scale": 1.0, "grad_clip": 1.0}
@@ -210,7 +211,7 @@ def test_one_collapsed_layer_out_of_four_is_named_and_most_layers_are_said_once(
     assert (found[0].level, found[0].rule, found[0].layer, found[0].metric) == (
         "alarm", "collapsed", 2, "router/max_frac_mean/layer_2")
     assert found[0].text.startswith("layer 2: collapsed in 50 of the last 50 logged steps")
-    assert {f.layer for f in found if f.level == "alarm"} == {2}
+    assert {f.layer for f in found if f.level == "alarm"} == {2} and "worst layer" not in str(found)
     everywhere = findings(frame(range(4)), EXPERIMENT_1, 8)
     assert {f.layer for f in everywhere} == {None}
 
@@ -219,6 +220,7 @@ def test_one_collapsed_layer_out_of_four_is_named_and_most_layers_are_said_once(
     (1.5, (1.5, 1.5, 0, 0), [("watch", 0, "layer 0: high"), ("watch", 1, "layer 1: high")]),  # no more than half
     (1.5, (1.5, 1.5, 1.5, 0), [("watch", None, "high (layers 0, 1, 2)")]),
     (1.5, (1.5, 1.5, 1.5, 3), [("alarm", 3, "layer 3: high"), ("watch", None, "high (layers 0, 1, 2)")]),
+    (1.5, (1.5, 1.5, 3, 0), [("alarm", 2, "layer 2: high"), ("watch", None, "high (layers 0, 1)")]),
     (1.5, (1.5,) * 4, [("watch", None, "high")]),
     (0.7, (0.7,) * 4, [("ok", None, "fair")]),
     (0.7, (1.5, 0, 0, 0), [("watch", 0, "layer 0: high")]),
@@ -236,6 +238,33 @@ def test_levers_are_of_the_knobs_that_there_are_and_stop_where_the_guide_stops()
     found, = findings(frame, {"load_balance_alpha": 0.2, "router_temp": 1.3379}, 8)
     assert [lever.text for lever in found.levers] == ["router_temp 1.34 -> 1.64"]
     assert (found.low, found.high) == healthy_band("router/max_frac_max", 8) == (None, 0.4)
+    assert "router/max_frac_max is under 0.40 for 100 steps" in found.levers[0].undo
+
+
+def test_what_is_healthy_at_eight_experts_is_what_the_guide_says():
+    """Of a layer by itself what holds of the worst one; more experts have their own lines."""
+    bands = {"top1_p_mean": (0.1875, 0.6), "max_frac_mean": (None, 0.25), "max_frac_max": (None, 0.4),
+             "max_frac_mean/layer_3": (None, 0.4), "entropy_mean": (0.2 * LN8, 0.96 * LN8), "active_min": (7, 8),
+             "active_mean/layer_0": (7, 8), "frac_srv_e7": (0.05, 0.35), "frac_srv_e7/layer_1": (0.05, 0.35),
+             "drop_frac_mean": (None, 0.02), "collapsed": (None, 0.0)}
+    for name, band in bands.items():
+        assert healthy_band(f"router/{name}", 8) == pytest.approx(band), name
+    assert healthy_band("router/frac_srv_e17", 64) == pytest.approx((0.4 / 64, 0.35 / 8))
+    assert healthy_band("router/top1_p_mean", 4) == pytest.approx((0.375, 1 / 4 + 0.475 / 0.875 * 0.75))
+    assert healthy_band("train/ce", 8) is healthy_band("router/active_mean", 8) is None
+
+
+def test_what_is_read_of_a_run_is_its_newest_rows_with_the_share_of_each_expert_in_each_layer(tmp_path):
+    """The last 200 logged, though not every step was."""
+    rng, steps = np.random.default_rng(), np.arange(3, 700, 3)
+    shares = rng.random((len(steps), 2, 3, 4)).astype(np.float32)
+    with RunStore.create(tmp_path / "run", {}) as store:
+        for step, one in zip(steps, shares, strict=True):
+            store.log_step(MAIN, int(step), 0.0, {"train/ce": float(step)}, one)
+        rows = recent(store, MAIN, int(steps[-1]))
+    assert rows.index.tolist() == rows["train/ce"].tolist() == steps[-200:].tolist()
+    for layer, expert in np.ndindex(3, 4):
+        np.testing.assert_array_equal(rows[f"router/frac_srv_e{expert}/layer_{layer}"], shares[-200:, 1, layer, expert])
 
 
 TEMP, ALPHA = "router_temp", "load_balance_alpha"
@@ -322,7 +351,7 @@ def test_shares_that_stay_apart_say_that_the_bias_is_too_slow_and_shares_that_sw
         return made
     found, = findings(frame(0.31), BIASED, 8)
     assert (found.level, found.rule, found.layer) == ("watch", "uneven", 2)
-    assert "8.6% to 16.4%" in found.text and found.high == pytest.approx(0.3 / 8)
+    assert "8.6% to 16.4%), sustained above 3.8%" in found.text and found.high == pytest.approx(0.3 / 8)
     assert [lever.text for lever in found.levers] == ["bias_update_speed 0.001 -> 0.002"]
     assert findings(frame(0.29), BIASED, 8) == findings(frame(0.5, swings=True), BIASED, 8) == []
     assert "uneven" not in {rule for _, rule, _ in said(frame(0.31).drop(columns="router/bias_update_speed"))}
