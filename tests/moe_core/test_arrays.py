@@ -74,9 +74,11 @@ def test_id_out_of_range_is_refused_with_its_place(tokens, tmp_path, bad, monkey
 
 
 def test_ids_are_checked_once_for_a_file_as_it_is(tokens, tmp_path, monkeypatch):
-    """Not again for the same file; again after a change, and for a smaller vocabulary."""
+    """Not again for the same file; again after a change, for a smaller vocabulary, and as numbers of another width."""
     monkeypatch.setattr("moe_core.data.arrays.CHUNK", 777)
-    path, said = save(tmp_path / "train.npy", np.minimum(tokens, 200)), []
+    tokens = np.minimum(tokens, 199)
+    tokens[3] = 200
+    path, said = save(tmp_path / "train.npy", tokens), []
     data = DataConfig(str(path))
     for _ in range(2):
         token_arrays(data, V, said.append)
@@ -88,6 +90,10 @@ def test_ids_are_checked_once_for_a_file_as_it_is(tokens, tmp_path, monkeypatch)
     save(path, tokens)
     with pytest.raises(DataError, match="holds token id 300 at position 7;"):
         token_arrays(data, V, said.append)
+    narrow = save(tmp_path / "train.bin", np.minimum(tokens, 200).astype(np.uint16))
+    arrays(narrow)
+    with pytest.raises(DataError, match="holds token id"):
+        arrays(narrow, token_dtype="uint32")
 
 
 def pickled(path):

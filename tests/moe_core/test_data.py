@@ -133,12 +133,15 @@ def test_any_text_survives_the_tokenizer(embedded, text):
 def test_text_jsonl_and_parquet_of_the_same_documents_are_the_same_corpus(docs, tmp_path, cache):
     """A folder, a glob and both row formats give equal documents, hence one key and one folder of tokens."""
     folder = save_text(tmp_path / "text [1]", docs)
+    for i, file in enumerate(sorted(folder.iterdir())[:19:-1]):  # z is made before a
+        (place := folder / "za"[i >= 20]).mkdir(exist_ok=True)
+        file.rename(place / file.name)
     (folder / "ignored.csv").write_text("not,text")
     (folder / ".hidden.txt").write_text("not wanted")
     paths = [folder, save_jsonl(tmp_path / "rows.jsonl", docs), save_parquet(tmp_path / "rows.parquet", docs)]
     assert [list(documents(config(path))) for path in paths] == [docs] * 3
     assert len({load(path).key for path in paths}) == 1
-    assert sorted(documents(config(tmp_path / "text ?1]" / "*.py"))) == sorted(docs[1::3])
+    assert list(documents(config(tmp_path / "text ?1]" / "**" / "*.py"))) == docs[1::3]
     assert len([path for path in cache.iterdir() if path.name != "stamps"]) == 1
 
 
@@ -179,6 +182,9 @@ def test_key_changes_with_settings_and_content_and_with_nothing_else(docs, tmp_p
     assert len({*keys, changed.key}) == 4
     texts = as_documents(changed, changed.train) + as_documents(changed, changed.val)
     assert sum(text.endswith("~") for text in texts) == 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text, "other": text.upper()}) + "\n" for text in docs))
+    assert load(rows).key != load(rows, text_key="other").key  # of the same file
 
 
 def test_file_changed_while_the_corpus_is_prepared_is_not_missed(docs, tmp_path, cache):

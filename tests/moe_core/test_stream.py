@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import torch
 
 from moe_core import Run, checkpoint
 from moe_core.config import DataConfig
-from moe_core.data import DataError, documents, is_validation
-from moe_core.data.hub import Documents, open_hub, validation_tokens
-from moe_core.data.pretrained import load_pretrained
+from moe_core.data import DataError, documents, is_validation, load_tokens, open_data, settled, validation_batches
+from moe_core.data.hub import Documents, is_dropped, open_hub, validation_tokens
+from moe_core.data.pretrained import load_pretrained, of_backend
 from moe_core.data.stream import Stream
 from moe_core.data.tokenise import joined
 
@@ -169,14 +170,37 @@ def test_state_costs_nothing_and_holds_no_more_than_the_windows_to_come(stream):
     assert torch.equal(state["windows"], before)
 
 
-@pytest.mark.parametrize("drops", [[0] * 20 + [1, 1], [0] * 9 + [1, "open", "open"], ([1] + [0] * 45) * 2])
-def test_dropped_connection_is_taken_up_at_the_same_document(stream, drops):
-    """Twice in a row, while opening again, again and again: the batches are those of a stream that never dropped."""
+@pytest.mark.parametrize("drops, waits", [
+    ([0] * 20 + [1, 1], [1, 2]), ([0] * 9 + [1, "open", "open"], [1, 2, 4]), (([1] + [0] * 70) * 4, [1] * 4)])
+def test_dropped_connection_is_taken_up_at_the_same_document(stream, drops, waits):
+    """Twice in a row, while opening again, more often than there are tries in a row: the batches are those of a stream
+    that never dropped.
+    """
     said = []
     shaky, calm = stream(drops, say=said.append), stream()
-    assert all(torch.equal(shaky.next(), calm.next()) for _ in range(150))
-    dropped = [line for line in said if "dropped" in line]
-    assert len(dropped) == sum(map(bool, drops)) and "retrying in 0.01 s (1 of 3)" in dropped[0]
+    dropped, since = [], 0
+    while len(dropped) < len(waits) or since < 60:  # and on with what was read after the last one
+        assert torch.equal(shaky.next(), calm.next())
+        since = since + 1 if len(dropped) == len(waits) else 0
+        dropped = [line for line in said if "dropped" in line]
+    assert len(dropped) == len(waits) and "retrying in 0.01 s (1 of 3)" in dropped[0]
+    assert all(f"retrying in 0.0{wait} s" in line for line, wait in zip(dropped, waits, strict=True))
+
+
+def test_what_may_pass_is_tried_again_and_what_will_not_is_not():
+    """A busy server and a connection that broke, also as the cause of something; no refusal, no file that is not there,
+    and nothing where there is to be no network.
+    """
+    def answer(status):
+        error = RuntimeError("the server said so")
+        error.response = types.SimpleNamespace(status_code=status)
+        return error
+
+    caused = RuntimeError("no rows")
+    caused.__cause__ = TimeoutError()
+    assert all(map(is_dropped, [*map(answer, (408, 429, 500, 503)), caused, OSError("reset"), EOFError()]))
+    assert not any(map(is_dropped, [*map(answer, (401, 403, 404)), RuntimeError("x"), FileNotFoundError("x"),
+                                    PermissionError("x"), ConnectionError("OfflineModeIsEnabled")]))
 
 
 def test_connection_that_stays_gone_is_one_error_and_the_run_goes_on_from_there(stream, rows):
@@ -297,8 +321,57 @@ def test_end_of_the_stream_is_said_once(stream):
     assert len(said) == 1 and "read to its end" in said[0]
 
 
+def test_each_epoch_has_every_document_in_an_order_of_its_own(rows):
+    """The files take turns in being first."""
+    source = Documents(rows(), "x", "text", quiet)
+    orders = [[text for some, _ in source.read(epoch, None, threading.Event()) for text in some] for epoch in range(4)]
+    assert len({tuple(sorted(order)) for order in orders}) == 1 < len({tuple(order) for order in orders})
+
+
+@pytest.mark.parametrize("val_split", [None, "held-out"])
+def test_a_stream_by_its_config_is_that_of_its_parts(stream, tiny, rows, texts, pretrained, tokenizer_folder,
+                                                     monkeypatch, val_split):
+    """Seed, buffer, splits: with a split for validation all of the other is trained on, else what is not held out."""
+    opened = []
+    monkeypatch.setattr("moe_core.data.source.open_hub", lambda data, split: opened.append(split) or rows()())
+    config = settled(tiny(dataset_name=f"some/{os.urandom(4).hex()}", tokenizer=tokenizer_folder, vocab_size=4096,
+                          shuffle_buffer=7, block_size=S, batch_size=B, seed=11, val_fraction=VAL, eval_take=9,
+                          val_split=val_split), quiet)
+    data = open_data(config, False, quiet)
+    parts = stream(shuffle_buffer=7, seed=11, val_fraction=None if val_split else VAL)
+    assert all(torch.equal(data.train.next(), parts.next()) for _ in range(20))
+    data.train.close()
+    chosen = [text for text in in_order(texts) if val_split or is_validation(text, VAL)][:9]
+    batches = validation_batches(ids(pretrained, chosen), S, B, config.eval_iters)
+    assert opened == [val_split or "train", "train"] and all(map(torch.equal, data.validation, batches))
+
+
+def test_ids_beyond_two_bytes_stay_whole(stream, rows, texts, corpus):
+    """Of a vocabulary of more than 65,536: in a stream, through a process too, in its validation, and in the cache."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"import": 3, "[UNK]": 70_000}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    wide, key = of_backend("wide", backend, 66_000), os.urandom(4).hex()
+    assert wide.vocab_size == 70_001 and wide.digest != of_backend("wide", backend, 3).digest
+    one = Stream(Documents(rows(), "x", "text"), wide, block_size=S, batch_size=B, shuffle_buffer=1, seed=0,
+                 num_workers=1)
+    expected = ids(wide, in_order(texts))[: 20 * B * (S + 1)]
+    taken = torch.cat([one.next() for _ in range(20)]).flatten().numpy()
+    one.close()
+    assert {3, 66_000, 70_000} <= set(taken) and np.array_equal(taken[: len(expected)], expected)
+    data = DataConfig(key, val_fraction=VAL, eval_take=5, val_split="test")
+    found = validation_tokens(Documents(rows(), "x", "text", quiet), wide, data, quiet)
+    assert np.array_equal(found, ids(wide, in_order(texts)[:5]))
+    local = DataConfig(str(corpus), val_fraction=VAL)
+    tokens = load_tokens(local, 512, quiet, wide)
+    assert np.array_equal(tokens.train, ids(wide, [t for t in documents(local) if not is_validation(t, VAL)]))
+
+
 def test_validation_documents_are_fixed_and_never_trained_on(rows, texts, pretrained):
-    """The first that the hash puts there, or of a split of their own; read once, then the cache's."""
+    """The first that the hash puts there, or of a split of their own; read once, then the cache's; others where
+    anything that they depend on is another.
+    """
     source = Documents(rows(), "dataset_name = 'x'", "text", quiet)
     gone = Documents(lambda: pytest.fail("read again"), "dataset_name = 'x'", "text", quiet)
     key = os.urandom(4).hex()
@@ -307,6 +380,12 @@ def test_validation_documents_are_fixed_and_never_trained_on(rows, texts, pretra
             (DataConfig(key, val_fraction=VAL, eval_take=5, val_split="test"), in_order(texts)[:5])):
         for documents_ in (source, gone):
             assert np.array_equal(validation_tokens(documents_, pretrained, data, quiet), ids(pretrained, chosen))
+    said, data = [], DataConfig(key, val_fraction=VAL, eval_take=5)
+    for change in (dict(dataset_config="b"), dict(split="b"), dict(val_fraction=0.3), dict(eval_take=6),
+                   dict(text_key="b"), dict(val_split="b")):
+        validation_tokens(source, pretrained, replace(data, **change), said.append)
+    validation_tokens(source, replace(pretrained, digest="b"), data, said.append)
+    assert len(said) == 7
 
 
 def parquet(path, **columns):
