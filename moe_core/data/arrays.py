@@ -72,6 +72,9 @@ def _open(data: DataConfig, field: str, vocab_size: int, say: Callable[[str], No
         if len(tokens) > CHUNK:
             say(f"Checking the {len(tokens):,} token ids of {path} once")
         largest, digest = _checked(tokens, vocab_size, refused)
+        if path.suffix.lower() == ".bin" and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
+            raise refused(f"every second id is 0, as where ids of a wider type are read as {data.token_dtype}; is "
+                          "token_dtype right?")
         with contextlib.suppress(OSError):  # where the cache cannot be written they are checked every time
             write_whole(stamp, lambda file: file.write(f"{largest} {digest}".encode()))
     return tokens, digest

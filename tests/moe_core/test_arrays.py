@@ -115,6 +115,7 @@ BAD = {
     "empty .npy": ("a.npy", lambda path: np.save(path, np.zeros(0, np.int64)), "it is empty"),
     "empty .bin": ("a.bin", lambda path: path.write_bytes(b""), "it is empty"),
     "odd .bin": ("a.bin", lambda path: path.write_bytes(b"abc"), "is token_dtype right?"),
+    "wider .bin": ("a.bin", lambda path: np.arange(V, dtype=np.int64).tofile(path), "is token_dtype right?"),
     "cut short": ("a.npy", lambda path: (np.save(path, np.zeros(99, np.int64)),
                                          path.write_bytes(path.read_bytes()[:300])), "not a .npy file"),
 }
