@@ -67,8 +67,8 @@ FIFTY, GROWING = np.ones(50), np.linspace(0, 1, 100)
      "begins", UP + APART, FLAT),
     (spoiled(active_min=[6, 8]), "dips to 6 active experts of 8, 1 in the last 50 logged steps", UP + APART, FLAT),
     (spoiled(collapsed=[1, 0], max_frac_max=[0.89, 0.5, 0.2]), "collapsed in 1 of the last 50 logged steps: one "
-     "expert takes up to 0.50 of the assignments (fair 0.125)", ["router_temp 1.30 -> 2.50", "router_noise_std 0.30 -> 1.00",
-                                                          "load_balance_alpha 0.12 -> 0.15"],
+     "expert takes up to 0.50 of the assignments (fair 0.125)",
+     ["router_temp 1.30 -> 2.50", "router_noise_std 0.30 -> 1.00", "load_balance_alpha 0.12 -> 0.15"],
      "step by step back once router/collapsed has been 0 for 100 steps"),
     (clipped(0.7, 0.3), "the gradient was clipped in 70% of all steps and in 30% of the last 50, healthy is under 5 to "
      "10 %: look for spikes and NaN, a lower rate, a longer warmup", CALMER, CALM),

@@ -31,15 +31,18 @@ def logged(tiny, tmp_path):
         ("router/max_frac_max", 0.5, 0.6), ("router/drop_frac_mean", 0.2, 0.4), ("router/aux_mean", 1, 2),
         ("router/load_balance_alpha", 0.5, 0.9), ("router/z_mean", 5, 9), ("router/z_loss_coef", 0.1, 0.2),
         ("router/entropy_mean/layer_0", 0.05, 0.1), ("router/entropy_mean/layer_1", 0.1, 0.15))}, index=steps)
-    frame["train/ce"] = 6 - steps / 80 + rng.normal(0, 0.1, 120)
+    frame["train/ce"] = 6 - (steps / 120) ** 2 + rng.normal(0, 0.1, 120)
     frame["val/loss"] = np.where(steps % 20 == 0, rng.uniform(5, 6, 120), np.nan)
     frame.loc[[60, 240], "val/loss"] = 4.5, 7.0
+    for layer in (0, 1):
+        frame[f"router/entropy_mean/layer_{layer}"] *= np.linspace(2, 0.5, 120)
     frame["router/entropy_mean"] = frame.filter(like="entropy").mean(axis=1)
     frame["router/active_min"], frame["router/collapsed"] = 4.0, 0.0
     frame.loc[[20, 200], "router/active_min"] = 1.0, 2.0
     frame.loc[[10, 30], "router/collapsed"] = 1.0
     frame["grad/clipped_cum"] = np.cumsum(rng.integers(0, 3, 120))
     shares = np.stack([rng.dirichlet(weights, (120, 2)) for weights in ([4, 3, 1, 2], [30, 10, 20, 15])], 1)
+    shares[:70] = shares[:70, ..., ::-1]  # other experts were the fullest and the least served
     for expert in range(4):
         frame[f"router/frac_srv_e{expert}"] = shares[:, 1].mean(1)[:, expert]
     with RunStore.create(tmp_path / "logged", tiny(max_steps=500).to_dict()) as store:
@@ -153,11 +156,12 @@ def test_a_finding_is_said_once_with_where_else_it_is_and_each_lever_under_its_o
         return Finding(level, rule, f"router/{rule}", "sustained", 141, 240, value, None, 0.4, f"{rule} is off", levers,
                        layer)
     found = [finding("alarm", "max_frac_max", 1, 0.75, (temp, alpha, coef)), finding("watch", "mine", None, 0.3),
-             finding("alarm", "max_frac_max", None, 0.625), finding("ok", "entropy", None, 0.1)]
+             finding("alarm", "max_frac_max", 0, 0.5), finding("alarm", "max_frac_max", None, 0.625),
+             finding("ok", "entropy", None, 0.1)]
     record = replace(record, findings=found)
     assert record.counted() == {"alarm": 1, "watch": 1}
     entry, = (part for part in document(record, [], [], []).blocks if isinstance(part, Entry) and part.blocks)
-    said = "max_frac_max is off; also all layers (0.625)"
+    said = "max_frac_max is off; also layer 0 (0.5), all layers (0.625)"
     assert (entry.at, entry.kind, entry.title) == ("steps 141 to 240", "alarm", f"Alarm: {said}")
     assert entry.blocks == (Bullets((
         "`router_temp 1.00 -> 2.00` or `router_z_loss_coef 1.00 -> 2.00`; watch router/max_frac_max; undo: once calm",
