@@ -107,7 +107,7 @@ def find(source, optimizer: bool = False) -> Source:
 
 def _of_run(run, optimizer: bool) -> Source:
     weights, path = probe.weights_of(run, None, optimizer), Path(run.store.path).resolve()
-    if optimizer and weights.optimizer is None:
+    if optimizer and not (weights.optimizer and weights.optimizer["state"]):
         raise ConfigError(f"keep_optimizer = True: must be False; {path} has not taken a step, so there is no state of "
                           "its optimizer to keep")
     return Source(str(path), run.config, weights.model, weights.optimizer,

@@ -167,10 +167,11 @@ def test_a_mismatch_is_refused_by_its_field(tiny_run, tiny, create, tmp_path, ch
 
 def test_other_refusals(tiny_run, tiny, create, tokenizer_folder):
     """An optimizer of another kind, a tokenizer that the weights do not know, no run at all, two places at once."""
-    parent = tiny_run("parent")
+    parent, fresh = tiny_run("parent"), tiny_run("fresh").path
     parent.step(1)
     for how, changes, error, said in (
             (dict(keep_optimizer=True), dict(optimizer="sophia"), ConfigError, "optimizer = 'sophia': must be 'adamw'"),
+            (dict(init_from=fresh, keep_optimizer=True), {}, ConfigError, "fresh has not taken a step"),
             ({}, dict(tokenizer=tokenizer_folder, vocab_size=768), ConfigError, "tokenizer = .*: must be the one that"),
             (dict(init_from=parent.path / "nowhere"), {}, StoreError, "nowhere: there is no such directory"),
             (dict(upcycle_from=parent), {}, ConfigError, "init_from and upcycle_from: only one of them"),
@@ -182,10 +183,11 @@ def test_other_refusals(tiny_run, tiny, create, tokenizer_folder):
 def test_what_the_same_weights_compute_otherwise_is_said(tiny_run, tiny):
     """Fields that no shape depends on may change, and none does so unheard."""
     parent, said = tiny_run("parent"), []
-    Run.create(parent.path.parent / "child", tiny(top_k=2, rope_theta=500.0, block_size=16), said.append,
-               init_from=parent).close()
+    changes = dict(norm_eps=1e-3, qk_norm_eps=1e-4, rope_theta=500.0, top_k=2, router_scores="sigmoid",
+                   norm_topk_prob=True)
+    Run.create(parent.path.parent / "child", tiny(**changes, block_size=16), said.append, init_from=parent).close()
     heard = [line.split(":")[0] for line in said if "compute something else" in line]
-    assert heard == ["rope_theta = 500.0", "top_k = 2"]
+    assert heard == [f"{name} = {value!r}" for name, value in changes.items()]
 
 
 def test_a_router_may_lose_its_bias_and_gain_one(tiny_run, tiny, create):
@@ -235,17 +237,24 @@ def test_upcycled_without_noise_computes_what_the_dense_model_did(tiny_run, tiny
     assert len({tuple(p.flatten().tolist()) for p in state(moe)["blocks.1.mlp.experts.w_up"]}) == 1
 
 
-def test_upcycled_top1_computes_the_dense_branch_on_average(tiny_run, tiny, create):
-    """Scaled by p over its mean: within a tenth of the dense branch, of which p alone leaves less than half."""
-    dense = lively(tiny_run("dense", n_experts=0, mlp_width=48))
-    moe = create("moe", tiny(top_k=1), upcycle_from=dense, upcycle_noise=0.0)
+@pytest.mark.parametrize("changes", [dict(top_k=1), dict(top_k=4, router_scores="sigmoid", balance="bias")])
+def test_upcycled_the_dense_branch_is_computed_on_average(tiny_run, tiny, create, changes):
+    """Scaled by a token's weights over their mean: within a tenth of the dense branch, biases too, of which p alone
+    leaves less than half, and four sigmoids twice as much.
+    """
+    dense = lively(tiny_run("dense", n_experts=0, mlp_width=48, bias=True))
+    with torch.no_grad():
+        for name, p in dense._trainer.model.named_parameters():
+            if "mlp" in name and name.endswith("bias"):
+                p.normal_()
+    moe = create("moe", tiny(**changes, bias=True), upcycle_from=dense, upcycle_noise=0.0)
     own, theirs = moe._trainer.model.blocks[0], dense._trainer.model.blocks[0]
     x = torch.randn(1, 3000, 32)
     with torch.no_grad():
         branch, routing = own.mlp(own.mlp_norm(x), RouterControls.constant(1.5, 0.0, 1.0), None, None)
         expected = theirs.mlp(theirs.mlp_norm(x))
     ratio = float((branch * expected).sum() / expected.square().sum())
-    assert routing.weights_TK.mean() < 0.5 and abs(ratio - 1) < 0.1
+    assert abs(float(routing.weights_TK.sum(-1).mean()) - 1) > 0.5 and abs(ratio - 1) < 0.1
 
 
 def test_upcycling_noise_has_its_std_and_comes_from_the_seed(tiny_run, tiny, create):
@@ -253,8 +262,9 @@ def test_upcycling_noise_has_its_std_and_comes_from_the_seed(tiny_run, tiny, cre
     dense = tiny_run("dense", n_experts=0, mlp_width=48)
     moes = [create(f"moe{at}", tiny(top_k=2, norm_topk_prob=True, seed=seed), upcycle_from=dense.path,
                    upcycle_noise=0.1) for at, seed in enumerate((1, 1, 2))]
-    up = [state(moe)["blocks.0.mlp.experts.w_up"] for moe in moes]
+    up, router = ([state(moe)[f"blocks.0.mlp.{name}"] for moe in moes] for name in ("experts.w_up", "router.weight"))
     assert torch.equal(up[0], up[1]) and not torch.equal(up[0], up[2]) and not torch.equal(up[0][0], up[0][1])
+    assert torch.equal(router[0], router[1]) and not torch.equal(router[0], router[2])
     original = state(dense)["blocks.0.mlp.up_proj.weight"].mT
     relative = (up[0] - original).square().mean().sqrt() / original.square().mean().sqrt()
     assert abs(float(relative) - 0.1) < 0.005
