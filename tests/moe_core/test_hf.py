@@ -8,7 +8,14 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+)
 
 from moe_core import ConfigError, Run
 from moe_core.export import ExportError
@@ -25,9 +32,12 @@ FORMS = {
 
 @pytest.fixture
 def trained(tiny_run):
-    """Makes runs of a form, of a few steps, at a temperature of 1.3, with weights far from where they began."""
+    """Makes runs of a form, of a few steps, at a temperature of 1.3, with weights far from where they began, and with
+    numbers that ``transformers`` does not have of itself.
+    """
     def make(form, name="run", **changes):
-        run = tiny_run(name, router_bias=False, **{**FORMS[form], **changes})
+        run = tiny_run(name, router_bias=False, norm_eps=1e-3, qk_norm_eps=1e-3, rope_theta=500.0,
+                       **{**FORMS[form], **changes})
         run.knobs["router_temp"].hold(1.3)
         run.step(3)
         generator = torch.Generator().manual_seed(7)
@@ -82,7 +92,9 @@ def test_plain_transformers_computes_the_same(trained, tmp_path, form, more):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     text = "def f(self, **é):\n\treturn 1"
     assert tokenizer(text, add_special_tokens=False).input_ids == run.generate(text, 1).token_ids[:-1].tolist()
-    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == 0
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id == model.config.eos_token_id == 0
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
+    assert model.config.router_aux_loss_coef == run.config.router.load_balance_alpha
 
 
 @pytest.mark.parametrize("form, more", HELD)
@@ -111,6 +123,9 @@ def test_a_shared_expert_behind_a_gate_that_does_something_is_refused(tiny):
     assert len(shared) == 6 and all(torch.equal(back[name], state[name]) for name in shared)
     theirs["model.layers.1.mlp.shared_expert_gate.weight"][0, 3] = 0.1
     with pytest.raises(ConfigError, match="gate of the shared expert of layer 1 in the folder: must be zero"):
+        forms.from_hf(theirs, config.model, "qwen3_next")
+    config = config.replace(n_shared_experts=0)
+    with pytest.raises(ConfigError, match="shared expert of layer 0 in the folder: must be zero"):
         forms.from_hf(theirs, config.model, "qwen3_next")
 
 
@@ -243,6 +258,22 @@ def test_a_folder_that_is_there_stays_as_it_is(trained, tmp_path):
     with pytest.raises(ExportError, match=r"out: exists already"):
         run.export_hf(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind, name, value", [
+    (Qwen3MoeConfig, "attention_bias", True), (Qwen3MoeConfig, "decoder_sparse_step", 2),
+    (Qwen3MoeConfig, "mlp_only_layers", [1]), (Qwen3MoeConfig, "head_dim", 32),
+    (Qwen3NextConfig, "layer_types", ["full_attention", "linear_attention"]),
+    (Qwen3NextConfig, "rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25})])
+def test_what_a_model_of_ours_cannot_do_is_refused_by_its_field(kind, name, value):
+    """And the same configuration without it is taken."""
+    plain = dict(hidden_size=64, num_attention_heads=4, head_dim=16, num_hidden_layers=2, tie_word_embeddings=True)
+    if kind is Qwen3NextConfig:
+        plain |= dict(layer_types=["full_attention"] * 2, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0})
+    assert forms.fields_of(kind(**plain))["d_model"] == 64
+    with pytest.raises(ConfigError, match=f"^{'partial_rotary_factor' if 'rope' in name else name} = .* in the folder"):
+        forms.fields_of(kind(**plain | {name: value}))
 
 
 @pytest.mark.parametrize("key, value, said", [

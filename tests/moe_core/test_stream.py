@@ -109,8 +109,10 @@ def in_order(texts):
     return [text for i in range(3) for text in texts[i::3] if text.strip()]
 
 
-def test_unshuffled_windows_are_the_training_documents_joined(stream, texts, pretrained):
-    """Every token of every training document in order, none of validation, over an epoch's end too."""
+def test_unshuffled_windows_are_the_training_documents_joined(stream, texts, pretrained, monkeypatch):
+    """Every token of every training document in order, none of validation, over an epoch's end too; and the same text
+    of documents that are too long to tokenise at once.
+    """
     tokens = ids(pretrained, [text for text in in_order(texts) if not is_validation(text, VAL)])
     one, whole = stream(shuffle_buffer=1), len(tokens) // (S + 1)
     taken = torch.cat([one.next() for _ in range(whole // B + 1)]).flatten().numpy()
@@ -118,16 +120,24 @@ def test_unshuffled_windows_are_the_training_documents_joined(stream, texts, pre
     # What is left of an epoch opens the next one.
     rest = tokens[whole * (S + 1) :]
     assert np.array_equal(taken[whole * (S + 1) :][: len(rest)], rest[: len(taken) - whole * (S + 1)])
+    monkeypatch.setattr("moe_core.data.stream.ENCODE_CHARS", 100)
+    cut = stream(shuffle_buffer=1)
+    taken = torch.cat([cut.next() for _ in range(whole // B - 5)]).flatten().numpy()
+    said, expected = (pretrained.backend.decode(some, skip_special_tokens=False) for some in (taken, tokens))
+    assert not np.array_equal(taken, tokens[: len(taken)]) and expected.startswith(said.rstrip("\ufffd"))
 
 
 def test_windows_are_shuffled_within_the_buffer_and_none_is_lost(stream):
     """Each buffer is the same windows as unshuffled in an order of its own, and the seed's."""
     plain, mixed, again, other = stream(shuffle_buffer=1), stream(), stream(), stream(seed=4)
     windows = [np.concatenate([one.next().numpy() for _ in range(50 * 4 // B)]) for one in (plain, mixed, again, other)]
+    orders = set()
     for start in (0, 50, 100):
         was, *now = (list(map(tuple, taken[start : start + 50])) for taken in windows)
         assert all(sorted(was) == sorted(taken) and was != taken for taken in now)
         assert now[0] == now[1] != now[2]
+        orders.add(tuple(map(was.index, now[0])))
+    assert len(orders) == 3
 
 
 def test_stream_resumes_at_the_exact_next_window_from_any_batch(stream, tmp_path):
