@@ -16,8 +16,7 @@ from widgets.figures import LEFT, panel_figure
 from widgets.record import Record
 from widgets.rendered import note_html, note_markdown
 from widgets.report import ReportError
-from widgets.report_blocks import Entry, Table, Text, code
-from widgets.report_contents import document
+from widgets.report_blocks import Table, code
 from widgets.report_figures import draw
 from widgets.report_markdown import inline
 from widgets.report_setup import script, setup
@@ -124,35 +123,6 @@ def test_a_report_says_where_its_run_stands(told_run, tmp_path):
     paragraph = dict((head, words) for head, words, _ in assessment(record))["Clipping"]
     clipped = int(record.metrics["grad/clipped_cum"].iloc[-1])
     assert paragraph.startswith(f"{clipped} of 60 steps were clipped ({clipped / 60:.0%})")
-
-
-def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_their_name(tiny_run):
-    """One entry with the effects once; a turn that was turned again is said to be; nothing is lost by rewinding."""
-    run = tiny_run(max_steps=100)
-    run.step(25)
-    for knob, value in (("router_temp", 9.0), ("grad_clip", 0.5), ("router_temp", 2.0)):
-        run.knobs[knob].hold(value)
-    run.note("on main")
-    run.step(25)
-    run.rewind(20, name="b")
-    run.knobs["lr_scale"].hold(0.5)
-    run.step(30)
-
-    def told(branch):
-        parts = document(Record.read(run, branch), [], [], []).blocks
-        where = next(k for k, part in enumerate(parts) if getattr(part, "text", "") == "Comparison")
-        return [[(part.at, part.title) for part in side if isinstance(part, Entry) and part.kind in ("knob", "note")]
-                for side in (parts[:where], parts[where:])], parts
-    (mine, theirs), parts = told("b")
-    assert mine == [("step 21", "Learning-rate scale: held at 0.5")]
-    on_main = [("step 25", "Note"), ("step 26", "Router temperature: held at 9 (superseded before the step); "
-                                                "Gradient clip: held at 0.5; Router temperature: held at 2")]
-    assert theirs == on_main
-    (mine, theirs), parts = told("main")
-    assert (mine, theirs) == (on_main, [("step 21", "Learning-rate scale: held at 0.5")])
-    entry = next(part for part in parts if getattr(part, "at", "") == "step 26")
-    assert sum("stand" in block.text for block in entry.blocks if isinstance(block, Text)) == 1
-    assert "turned together" not in str(entry)
 
 
 def test_the_setup_says_what_the_model_is(tiny_run):

@@ -14,7 +14,7 @@ from moe_core.health import Finding, Lever
 from moe_core.store import MAIN, RunStore
 from widgets import compare
 from widgets.record import Record
-from widgets.report_blocks import Bullets, Entry, State, Table, Text, Tiles
+from widgets.report_blocks import Bullets, Entry, Note, State, Table, Text, Tiles
 from widgets.report_contents import _snapshots, document, effect_blocks
 from widgets.report_words import assessment, observations
 
@@ -33,7 +33,7 @@ def logged(tiny, tmp_path):
         ("router/entropy_mean/layer_0", 0.05, 0.1), ("router/entropy_mean/layer_1", 0.1, 0.15))}, index=steps)
     frame["train/ce"] = 6 - (steps / 120) ** 2 + rng.normal(0, 0.1, 120)
     frame["val/loss"] = np.where(steps % 20 == 0, rng.uniform(5, 6, 120), np.nan)
-    frame.loc[[60, 240], "val/loss"] = 4.5, 7.0
+    frame.loc[[60, 120, 240], "val/loss"] = 4.5, np.nan, 7.0
     for layer in (0, 1):
         frame[f"router/entropy_mean/layer_{layer}"] *= np.linspace(2, 0.5, 120)
     frame["router/entropy_mean"] = frame.filter(like="entropy").mean(axis=1)
@@ -87,7 +87,7 @@ def test_what_is_observed_is_the_last_value_or_mean_its_trend_and_where_it_lies(
         assert float(rows[name][0]) == pytest.approx(frame[name].iloc[LAST].mean(), rel=1e-3)
     slope = np.polyfit(np.arange(100), frame["train/ce"].iloc[-100:], 1)[0]
     assert numbers(rows["train/ce"][2]) == pytest.approx([99 * slope, 100], rel=5e-3)
-    assert rows["router/aux_mean"][2] == "none in 100 steps" and rows["val/loss"][2] == "12 values, too few"
+    assert rows["router/aux_mean"][2] == "none in 100 steps" and rows["val/loss"][2] == "11 values, too few"
     assert (float(rows["val/loss"][0]), rows["val/loss"][4]) == (7.0, "lowest 4.5 at step 60")
     for name, healthy, where in (("entropy_mean", "0.277 to 1.33", "below the range"),
                                  ("top1_p_mean", "0.375 to 0.657", "above the range"),
@@ -121,7 +121,7 @@ def test_tiles_and_snapshots_are_of_their_steps(logged):
     assert next(row for row in table.rows if row[0] == "`train/ce`")[1:] == (
         "–", f"{ce[100]:.4g}", f"{ce[100]:.4g} (at 100)", f"{ce[240]:.4g}")
     _, quarters = _snapshots(record, None)
-    assert quarters.head[1:] == ("step 60", "step 120", "step 180", "step 240")
+    assert quarters.head[1:] == ("step 60", "step 100", "step 180", "step 240")  # validated
 
 
 def test_what_a_turn_brought_is_said_on_its_side_and_once():
@@ -129,7 +129,7 @@ def test_what_a_turn_brought_is_said_on_its_side_and_once():
     def row(knob, metric, before, after, difference, stands_out, said="", step=51):
         return [step, knob, 0.0, 1.0, metric, before, after, difference, difference - 0.5, difference + 0.5,
                 stands_out, 40.0, said]
-    cut = "before: from step 31, the previous turn"
+    cut = "after: up to step 71, the next turn; before: from step 31, the previous turn"
     rows = [row(knob, *one) for knob in ("router_temp", "grad_clip") for one in (
         ("train/ce", 5.0, 3.0, -1.25, True, f"{cut}; turned together with grad_clip"),
         ("train/loss", 5.0, 4.0, -0.1, False, cut), ("router/aux_mean", 1.0, 1.0, 0.0, False, f"{cut}; constant"),
@@ -194,3 +194,43 @@ def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged
     count = frame["grad/clipped_cum"]
     assert rows["clipped, of the last steps"][0] == f"{(count[240] - count[142]) / 98:.0%}"
     assert compare.labels([record, other, record]) == ["logged", "other", "logged (2)"]
+
+
+def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_their_name(tiny_run):
+    """One entry with the effects once; a turn that was turned again is said to be; nothing is lost by rewinding."""
+    run = tiny_run(max_steps=100)
+    run.step(25)
+    for knob, value in (("router_temp", 9.0), ("grad_clip", 0.5), ("router_temp", 2.0)):
+        run.knobs[knob].hold(value)
+    run.note("on main")
+    run.step(25)
+    run.rewind(20, name="b")
+    run.knobs["lr_scale"].hold(0.5)
+    run.step(31)
+
+    def told(branch):
+        parts = document(Record.read(run, branch), [], [], []).blocks
+        where = next(k for k, part in enumerate(parts) if getattr(part, "text", "") == "Comparison")
+        return [[(part.at, part.title) for part in side if isinstance(part, Entry) and part.kind in ("knob", "note")]
+                for side in (parts[:where], parts[where:])], parts
+    (mine, theirs), parts = told("b")
+    assert mine == [("step 21", "Learning-rate scale: held at 0.5")]
+    on_main = [("step 25", "Note"), ("step 26", "Router temperature: held at 9 (superseded before the step); "
+                                                "Gradient clip: held at 0.5; Router temperature: held at 2")]
+    assert theirs == on_main
+    assert [part.title for part in parts if getattr(part, "kind", "") == "branch"] == ["Branch `b`, from step 20"]
+    assert next(part.blocks for part in parts if getattr(part, "title", "") == "Note") == (Note("on main"),)
+    branches, parting = (part for part in parts if isinstance(part, Table) and "`main`" in part.head + part.rows[0])
+    assert branches.rows == (("`main`", "", "", "50", ""), ("`b`", "`main`", "20", "51", "this one"))
+    assert f"Over steps 21 to 50, on the same batches, {len(parting.rows)} of " in str(parts)
+    assert parting.head[:4] == ("metric", "`b`", "`main`", "difference") and parting.rows
+    for name, *values in parting.rows:
+        for side, value in zip(("b", "main"), values, strict=False):
+            seen = run.metrics(side)[name].loc[21:50]
+            seen = seen.diff() if name.endswith("_cum") else seen
+            assert float(value.replace(",", "")) == pytest.approx(seen.mean(), rel=1e-3), name
+    (mine, theirs), parts = told("main")
+    assert (mine, theirs) == (on_main, [("step 21", "Learning-rate scale: held at 0.5")])
+    entry = next(part for part in parts if getattr(part, "at", "") == "step 26")
+    assert sum("stand" in block.text for block in entry.blocks if isinstance(block, Text)) == 1
+    assert "turned together" not in str(entry)
