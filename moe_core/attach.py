@@ -20,7 +20,7 @@ from moe_core.knobs import Knobs
 from moe_core.porter import PROGRESS
 from moe_core.session import BUSY, Command, Progress
 from moe_core.storage import access
-from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.store import RunStore, StoreError
 
 LOOK = 0.1  # seconds that what was read counts as new
 ANSWER = 0.05  # seconds between two looks for an answer
@@ -96,7 +96,7 @@ class Attached(Face):
     def _look(self) -> None:
         if time.monotonic() - self._looked < LOOK:
             return
-        current, events = self.store.get_meta("branch", MAIN), self.store.last_event()
+        current, events = self.store.branch_id(), self.store.last_event()
         if (current, events) != (getattr(self, "_on", None) and self._on.id, self._event):
             self._on = next(b for b in self.store.branches() if b.id == current)
             self._as_turned.replay(turns(self.store, current))

@@ -76,9 +76,8 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
 
 def effects_of_ab(ab) -> pd.DataFrame:
     """What choosing B over A brought: one row a metric of ``run.ab(...)``; see :func:`between`."""
-    run = ab.run
-    ids = {branch.name: branch.id for branch in run.store.branches()}
-    return between(run.store, ids[ab.branch_a], ids[ab.branch_b], ab.start, ab.start + ab.steps)
+    store = ab.run.store
+    return between(store, store.branch_id(ab.branch_a), store.branch_id(ab.branch_b), ab.start, ab.start + ab.steps)
 
 
 def between(store: RunStore, a: int, b: int, start: int, last: int) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_core import frames
-from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.store import RunStore
 
 SUFFIXES = (".csv", ".parquet")
 TABLES = ("metrics", "shares", "events")
@@ -50,7 +50,7 @@ def export(run_path: str | os.PathLike, out: str | os.PathLike, branch: str | No
     if (out.suffix.lower() if single else suffix) == ".parquet":
         _need("pyarrow", out)
     with RunStore.open(run_path) as store:
-        line = _line(store, branch)
+        line = store.branch_id(branch)
         make = {"metrics": lambda: [_metrics(store, line, per_layer)],
                 "shares": lambda: (frames.experts_of([part]) for part in store.read_parts(line)),
                 "events": lambda: [_events(store, line)]}
@@ -67,15 +67,6 @@ def _need(package: str, out: Path) -> None:
         __import__(package)
     except ImportError:
         raise ExportError(f"{out}: needs {package}, which is not installed: pip install {package}") from None
-
-
-def _line(store: RunStore, name: str | None) -> int:
-    known = {branch.name: branch.id for branch in store.branches()}
-    if name is None:
-        return store.get_meta("branch", MAIN)
-    if name not in known:
-        raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
-    return known[name]
 
 
 def _metrics(store: RunStore, line: int, per_layer: bool):

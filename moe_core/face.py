@@ -17,7 +17,7 @@ from moe_core.handle import KnobHandle, KnobHandles
 from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
 from moe_core.session import Command, Progress
-from moe_core.store import Branch, RunStore, StoreError
+from moe_core.store import Branch, RunStore
 
 
 class Face:
@@ -104,18 +104,18 @@ class Face:
 
         ``branch``: by its name, None is the current one. Raises StoreError for a name that no branch has.
         """
-        return frames.metrics(self.store, self._branch_id(branch), since, per_layer)
+        return frames.metrics(self.store, self.store.branch_id(branch), since, per_layer)
 
     def experts(self, branch: str | None = None, since: int = 0):
         """DataFrame: step, layer, expert, demand, served (shares of the layer's assignments)."""
-        return frames.experts(self.store, self._branch_id(branch), since)
+        return frames.experts(self.store, self.store.branch_id(branch), since)
 
     def events(self, branch: str | None = None):
         """DataFrame by step: step, kind, asked, applied, branch, then what each kind says (name, value, text).
 
         A knob's step is the first that it acted on.
         """
-        return frames.events(self.store, self._branch_id(branch))
+        return frames.events(self.store, self.store.branch_id(branch))
 
     def health(self) -> list[health.Finding]:
         """What the router guide's rules say of the newest steps, worst first (see ``moe_core.health``)."""
@@ -201,19 +201,11 @@ class Face:
         """DataFrame: name, parent, fork_step, last_step, created, current."""
         return frames.branches(self.store, self._branch.id)
 
-    def _branch_id(self, name: str | None) -> int:
-        if name is None:
-            return self._branch.id
-        known = {branch.name: branch.id for branch in self.store.branches()}
-        if name not in known:
-            raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
-        return known[name]
-
     def _other_branch(self, name: str) -> int:
         """The id of a branch that must be named."""
         if name is None:
             raise ValueError(f"branch = None: must be one of {', '.join(map(repr, self.branches()['name']))}")
-        return self._branch_id(name)
+        return self.store.branch_id(name)
 
     def _check_step(self, step: int, field: str = "step") -> int:
         """``step`` as an int. Raises ValueError, which calls it ``field``."""

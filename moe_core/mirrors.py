@@ -160,7 +160,7 @@ class _Mirror(threading.Thread):
 
     def _look(self, store: RunStore) -> None:
         """Send the rows that are new, of the branch that the run is on last."""
-        current = store.get_meta("branch", MAIN)
+        current = store.branch_id()
         for branch in sorted(store.branches(), key=lambda b: (b.id == current, b.id)):
             rows = store.read_steps(branch.id, self._place(branch)["step"], shares=False)
             if len(rows) and not self._send(store, branch, rows):
@@ -247,7 +247,7 @@ class _Mirror(threading.Thread):
         """Write the troubles down; what the store refuses (a full disk, say) is said when it takes it."""
         with self._saying, contextlib.suppress(StoreError):
             while self._troubles:
-                branch = store.get_meta("branch", MAIN)
+                branch = store.branch_id()
                 store.log_event(branch, store.last_step(branch), "alert", {"text": self._troubles[0]})
                 del self._troubles[0]
 

@@ -76,7 +76,7 @@ def import_log(log: str | os.PathLike | Sequence[str | os.PathLike], run_path: s
     """
     logs = [Path(log)] if isinstance(log, str | os.PathLike) else [Path(one) for one in log]
     _check(logs, val_every, shift)
-    RunStore.refuse_existing(run_path)
+    access.refuse_existing(run_path)
     tally, drafts = Tally(), {}
     console = Console(tally, val_every, shift)
     for path in logs:

@@ -32,7 +32,7 @@ from moe_core.knobs import Knobs
 from moe_core.model import RouterControls, Routing, Transformer
 from moe_core.model.router import Router
 from moe_core.session import BUSY, Command
-from moe_core.store import MAIN, Branch, RunStore
+from moe_core.store import Branch, RunStore
 from moe_core.token_text import TokenText, classes_of, pieces_of
 from moe_core.trainer import Trainer, resolve_device, resolve_dtype
 
@@ -100,7 +100,7 @@ class Saved:
 
     @property
     def _branch(self) -> Branch:
-        current = self.store.get_meta("branch", MAIN)
+        current = self.store.branch_id()
         return next(branch for branch in self.store.branches() if branch.id == current)
 
     @property

@@ -143,7 +143,6 @@ def streak(steps: np.ndarray, values: np.ndarray, low: float | None, high: float
     if len(values) < WINDOW:
         return None
     means = np.convolve(values, np.full(WINDOW, 1 / WINDOW), "valid")
-    means[-1] = values[-WINDOW:].mean()
     past = beyond(means, low, high)
     if not past[-1]:
         return None

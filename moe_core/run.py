@@ -24,7 +24,8 @@ from moe_core.knobs import Knobs, check_turn
 from moe_core.porter import Porter
 from moe_core.preview import Preview, preview
 from moe_core.session import Command, Session
-from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.storage import access
+from moe_core.store import RunStore, StoreError
 from moe_core.timeline import Timeline, build_trainer
 from moe_core.trainer import MemoryLimitError, NonFiniteError, Trainer, resolve_device
 
@@ -93,7 +94,7 @@ class Run(Timeline, Face):
         self.history.tidy()
         self._save_s = 0.0  # seconds that the last save took
         self._beside_s = 0.0  # seconds of training in what is being saved beside it
-        self._stand_on(store.get_meta("branch", MAIN))
+        self._stand_on(store.branch_id())
         self.session: Session | None = None
         Session(self)  # takes its place as self.session
         self._porter = Porter(self)
@@ -121,7 +122,7 @@ class Run(Timeline, Face):
         Raises ConfigError (a mismatch names its field), DataError, CheckpointError or StoreError, each before
         anything is written to ``path``.
         """
-        RunStore.refuse_existing(path)
+        access.refuse_existing(path)
         config, begins = finetune.prepare(config, say, init_from=_known(init_from), keep_optimizer=keep_optimizer,
                                           upcycle_from=_known(upcycle_from), upcycle_noise=upcycle_noise,
                                           init_from_hf=init_from_hf)

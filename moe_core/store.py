@@ -63,11 +63,6 @@ class RunStore:
 
     # ---- making and opening ------------------------------------------------------------------------------
 
-    @staticmethod
-    def refuse_existing(path: str | os.PathLike) -> None:
-        """Raise StoreError where :meth:`create` would: ``path`` is taken or cannot be. Writes nothing."""
-        access.refuse_existing(Path(path))
-
     @classmethod
     def create(cls, path: str | os.PathLike, config: Mapping[str, Any], meta: Mapping[str, Any] | None = None,
                fill: Callable[[Path], None] | None = None) -> RunStore:
@@ -143,9 +138,7 @@ class RunStore:
         served; None or L = E = 0 for a dense model. Refused: a step that the branch has or inherits, a value
         that is no number, shares of another shape than the run's.
         """
-        data = None
-        if shares is not None and shares.size:
-            data = np.ascontiguousarray(shares, "<f4").tobytes()
+        data = np.ascontiguousarray(shares, "<f4").tobytes() if shares is not None and shares.size else None
         key = tuple(metrics), None if data is None else tuple(shares.shape)
         with self._guard:
             db, inherited = self._writable(branch_id)
@@ -183,8 +176,7 @@ class RunStore:
             raise StoreError(f"{self.path}: there is a branch {name!r} already")
         last = self.last_step(parent)
         if not 0 <= index(fork_step) <= last:
-            raise StoreError(
-                f"{self.path}: fork_step = {fork_step}: must be a step of {known[parent]!r}, 0 to {last}")
+            raise StoreError(f"{self.path}: fork_step = {fork_step}: must be a step of {known[parent]!r}, 0 to {last}")
         branch = self._insert("INSERT INTO branches(name, parent, fork_step, created) VALUES (?, ?, ?, ?)",
                               (name, parent, index(fork_step), clock.time()))
         self._forks[branch] = index(fork_step)
@@ -253,6 +245,15 @@ class RunStore:
             return [Branch(*row) for row in
                     db.execute("SELECT id, name, parent, fork_step, created FROM branches ORDER BY id")]
 
+    def branch_id(self, name: str | None = None) -> int:
+        """The id of the branch with this name; None is the current one. Raises StoreError."""
+        if name is None:
+            return self.get_meta("branch", MAIN)
+        known = {branch.name: branch.id for branch in self.branches()}
+        if name not in known:
+            raise StoreError(f"branch = {name!r}: must be one of {', '.join(map(repr, known))}")
+        return known[name]
+
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint of every branch, oldest first."""
         with self._reader() as db:
@@ -287,8 +288,7 @@ class RunStore:
             for span in self._spans(db, branch_id, since):
                 rows += db.execute(sql, (*span, limit - len(rows)))
             # After the rows, so that every layout that they mean is there.
-            found = db.execute("SELECT id, names, layers, experts FROM layouts")
-            layouts = {row[0]: row[1:] for row in found}
+            layouts = {row[0]: row[1:] for row in db.execute("SELECT id, names, layers, experts FROM layouts")}
             return decode(rows, layouts, shares)
 
     def read_parts(self, branch_id: int = MAIN, since: int = 0, *, shares: bool = True) -> Iterator[Steps]:

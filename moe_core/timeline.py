@@ -16,7 +16,7 @@ from moe_core.data import fingerprint, open_data
 from moe_core.history import other_shape
 from moe_core.knobs import Knobs
 from moe_core.snapshots import copied
-from moe_core.store import RunStore
+from moe_core.storage import access
 from moe_core.trainer import StepRecord, Trainer, resolve_device
 
 
@@ -164,7 +164,7 @@ class Timeline:
         first = step if changes else self._first
         parent = {"path": str(self.path.resolve())} | ({"changes": changes} if changes else {}) | (
             {origin.FIRST: first} if first else {})
-        RunStore.refuse_existing(path)
+        access.refuse_existing(path)
 
         def go():
             line, tip = self._branch.id, self._step

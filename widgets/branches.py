@@ -82,8 +82,7 @@ class BranchRow:
 
     def _reachable(self) -> list:
         run = self._run
-        current = next(b.id for b in run.store.branches() if b.name == run.branch)
-        upto = dict(run.store.lineage(current))
+        upto = dict(run.store.lineage(run.store.branch_id(run.branch)))
         return [c for c in run.store.checkpoints() if c.step <= upto.get(c.branch, -1)]
 
     def _choose(self, step: int) -> None:

@@ -78,7 +78,7 @@ class Feed:
         return pd.DataFrame(columns.T, columns=names, index=pd.Index(part.steps, name="step")), shares
 
     def _reset(self, branch: str) -> None:
-        self._branch_id = {b.name: b.id for b in self._run.store.branches()}[branch]
+        self._branch_id = self._run.store.branch_id(branch)
         self._branch, self.last_step, self._last_event = branch, 0, 0
         self.metrics = pd.DataFrame(columns=self._names, index=pd.Index([], name="step", dtype=np.int64),
                                     dtype=np.float32)

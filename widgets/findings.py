@@ -94,7 +94,7 @@ class Findings:
     def _stand_on(self, branch: str) -> None:
         """Take up what this line's events say is there, so that nothing is said twice."""
         self._branch = branch
-        self.branch_id = next(b.id for b in self._run.store.branches() if b.name == branch)
+        self.branch_id = self._run.store.branch_id(branch)
         self._standing, self._last = {}, {}
         self._coming, self._answered = set(), {}
         for event in self._run.store.read_events(self.branch_id):

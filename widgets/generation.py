@@ -38,7 +38,7 @@ class Writing(ipw.VBox):
         self.run, self.text = run, None
         routed, size = run.config.model.n_moe_layer, run.config.model.block_size
         self.prompt = ipw.Textarea(prompt, placeholder="a prompt; empty begins a document", rows=3,
-                                   layout=ipw.Layout(width="720px"))
+                                   continuous_update=False, layout=ipw.Layout(width="720px"))
         style = {"description_width": "initial"}
 
         def sized(width: int) -> dict:

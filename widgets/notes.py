@@ -106,16 +106,15 @@ def _line(text: str, error: bool, at: float) -> str:
 
 
 class NoteBox:
-    """A line of text that is pinned to the run's current step, by its button or the Enter key."""
+    """A line of text that is pinned to the run's current step, by its button or, which the page makes of it, the Enter key."""
 
     def __init__(self, run, log: Log, posted: Callable[[], None] = lambda: None):
         self._run, self._posted = run, posted
-        self.text = ipw.Text(placeholder="A note, pinned to the current step",
+        self.text = ipw.Text(placeholder="A note, pinned to the current step", continuous_update=False,
                              tooltip="Note, pinned to the current step")
         self.button = ipw.Button(description="Add note", tooltip="Pin the note to the current step")
         add = log.guarded(self.add)
         self.button.on_click(lambda _: add())
-        self.text.on_msg(lambda _, content, __: add() if content.get("event") == "submit" else None)
         self.widget = ipw.Box([self.text, self.button])
         self.widget.add_class("moe-note")
 

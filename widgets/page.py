@@ -51,11 +51,19 @@ export default {
       say("focus", rows().indexOf(target.closest(".moe-knob")));
     };
     const focusout = () => say("focus", -1);
+    // ipywidgets' word of the Enter key overtakes the last letters before a slow kernel; a click comes behind them.
+    const enter = (event) => {
+      if (event.key !== "Enter" || !event.target.matches(".moe-note input")) return;
+      event.stopPropagation();
+      event.target.dispatchEvent(new Event("change", { bubbles: true }));
+      event.target.closest(".moe-note").querySelector("button").click();
+    };
     // An element is placed after it is rendered; its first size says that it is in the page.
     const size = new ResizeObserver(([entry]) => {
       if (panel === null && (panel = el.closest(".moe-workbench")) !== null) {
         panel.addEventListener("focusin", focusin);
         panel.addEventListener("focusout", focusout);
+        panel.addEventListener("keypress", enter, true);
         for (const part of panel.querySelectorAll(".moe-knobs, .moe-charts"))
           names.observe(part, { childList: true, subtree: part.matches(".moe-knobs") });
         name();
@@ -128,7 +136,8 @@ _CSS = """
   grid-template-columns: minmax(200px, 1fr) 74px 78px 70px minmax(350px, 1.1fr);
   --jp-widgets-inline-height: 24px; }
 .moe-knob > * { margin: 2px 0; width: auto; min-width: 0; }
-.moe-knob input:not(:hover) { -moz-appearance: textfield; }  /* Firefox' arrows take the room of two digits */
+.moe-knob input:not(:hover) { -moz-appearance: textfield; }  /* the arrows take the room of two digits */
+.moe-knob input:not(:hover)::-webkit-inner-spin-button { appearance: none; }
 .moe-knob .widget-slider .widget-label { width: 134px; text-align: left; color: var(--jp-ui-font-color1); }
 .moe-knob-says { display: grid; grid-template-columns: minmax(76px, max-content) minmax(102px, max-content) 1fr;
   gap: 0 8px;

@@ -22,7 +22,7 @@ from moe_core.knobs import Knobs
 from moe_core.provenance import META
 from moe_core.rules import WINDOW
 from moe_core.storage.schema import STEP_MAX
-from moe_core.store import MAIN, Branch, RunStore, Steps, StoreError
+from moe_core.store import Branch, RunStore, Steps, StoreError
 from widgets.feed import NAMES, ROUTER_NAMES
 from widgets.marks import Marks
 from widgets.others import other_branches
@@ -76,10 +76,7 @@ class Record:
                 return cls.read(store, branch, told)
         store = getattr(source, "store", source)
         branches = store.branches()
-        known = {b.name: b.id for b in branches}
-        if branch is not None and branch not in known:
-            raise StoreError(f"branch = {branch!r}: must be one of {', '.join(map(repr, known))}")
-        at = known[branch] if branch is not None else store.get_meta("branch", MAIN)
+        at = store.branch_id(branch)
         rows, shares, newest_n2LE = _rows(store, at)
         metrics = pd.DataFrame(rows.values, columns=rows.names, index=pd.Index(rows.steps, name="step"))
         last = int(rows.steps[-1]) if len(rows.steps) else 0

@@ -59,13 +59,10 @@ class Console:
     def __init__(self, store: RunStore, config: RunConfig, branch: str, step: int, total: int):
         """``branch``, ``step``: where the run is; ``total``: the step that it is trained to."""
         self._store, self._config, self._total = store, config, total
-        self._step, self._name, self._branch = step, branch, self._id(branch)
+        self._step, self._name, self._branch = step, branch, store.branch_id(branch)
         self._shown = time.time()  # of the newest row that was shown; none that is older is shown
         self._since: list[float] = []  # tokens a second of each step since the last line
         self._bar = _bar(step, total)
-
-    def _id(self, branch: str) -> int:
-        return next(b.id for b in self._store.branches() if b.name == branch)
 
     def start(self) -> None:
         self._print(params_line(self._config))
@@ -74,7 +71,7 @@ class Console:
         """Show what was written since the last look. ``branch``: the run's current one."""
         if branch != self._name:
             self.say(f"now on branch {branch!r}")
-            self._step, self._since, self._name, self._branch = 0, [], branch, self._id(branch)
+            self._step, self._since, self._name, self._branch = 0, [], branch, self._store.branch_id(branch)
         rows = self._store.read_steps(self._branch, self._step, shares=False)
         for step, when, values in zip(rows.steps.tolist(), rows.time.tolist(), rows.values.astype(float), strict=True):
             self._step = step

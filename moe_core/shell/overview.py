@@ -13,7 +13,7 @@ from moe_core.attach import Attached
 from moe_core.run import Run
 from moe_core.storage import access
 from moe_core.storage.rows import Steps
-from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.store import RunStore, StoreError
 
 DEPTH = 4  # folders below the one that is listed in which runs are looked for
 EVENTS = 12  # newest, that `moe show` prints
@@ -53,7 +53,7 @@ def table(folder: Path) -> list[str]:
 
 
 def _row(store: RunStore) -> tuple[str, ...]:
-    branch = store.get_meta("branch", MAIN)
+    branch = store.branch_id()
     planned = store.config.get("optim", {}).get("max_iters")
     rows = _tail(store, branch)
     return (f"{store.last_step(branch)}{'' if planned is None else f'/{planned}'}", _newest(rows, "train/ce"),
@@ -86,7 +86,7 @@ def describe(path: Path) -> Iterator[str]:
     with RunStore.open(path) as store:
         trained = None if IMPORTED in store.config else Run.attach(path)
         branches = store.branches()
-        current = next(b for b in branches if b.id == store.get_meta("branch", MAIN))
+        current = next(b for b in branches if b.id == store.branch_id())
         step = store.last_step(current.id)
         yield (f"{path}: step {step}{'' if trained is None else f' of {trained.config.optim.max_iters}'} on branch "
                f"{current.name!r}, {state(store)}")

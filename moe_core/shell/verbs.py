@@ -12,7 +12,7 @@ from moe_core.config import ConfigError
 from moe_core.knobs import KnobError
 from moe_core.shell import headless
 from moe_core.shell.headless import held, printable, tell, typed
-from moe_core.store import MAIN, StoreError
+from moe_core.store import StoreError
 
 PATIENCE = 60.0  # seconds that a wish may take to be taken up by the process that trains
 
@@ -134,7 +134,7 @@ def note(given) -> None:
         before = run.store.last_event()
         run.note(given.text, given.step)
         _taken_up(run)
-        noted = [e["step"] for e in run.store.read_events(run.store.get_meta("branch", MAIN), after=before)
+        noted = [e["step"] for e in run.store.read_events(run.store.branch_id(), after=before)
                  if e["kind"] == "note" and e["payload"]["text"] == given.text]
         if not noted:
             raise StoreError(f"{run.path}: the process that trains it did not record the note")

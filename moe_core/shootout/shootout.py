@@ -25,7 +25,7 @@ from moe_core.run import Run
 from moe_core.shootout.entries import named, one_of, planned, whole
 from moe_core.shootout.peaks import Search, rates, spell, with_rates
 from moe_core.shootout.table import Line, step_lines, summary_lines, table, write_csv
-from moe_core.store import MAIN, RunStore, StoreError
+from moe_core.store import RunStore, StoreError
 from moe_core.trainer import NonFiniteError, resolve_device
 
 FILE = "shootout.json"
@@ -242,7 +242,7 @@ class Shootout:
             return None
         with RunStore.open(self.folder / job.name) as store:
             end = store.get_meta(END)
-            branch = end["branch"] if end else store.get_meta("branch", MAIN)
+            branch = end["branch"] if end else store.branch_id()
             rows = frames.metrics(store, branch, 0, per_layer=False)
         if end is None and not len(rows):
             return None
@@ -333,8 +333,7 @@ def shootout_from(config: RunConfig, folder: str | os.PathLike, seeds: int | Seq
 
 def _finish(run: Run, **end) -> None:
     """Write down where the shoot-out's own line of a run ends, whatever is done with the run later."""
-    branch = {b.name: b.id for b in run.store.branches()}[run.branch]
-    run.store.set_meta(END, {"branch": branch, "step": run.current_step, **end})
+    run.store.set_meta(END, {"branch": run.store.branch_id(), "step": run.current_step, **end})
 
 
 def _drop_states(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from moe_core.storage.schema import APPLICATION_ID, MAIN, SCHEMA_VERSION, create_schema
+from moe_core.storage.schema import APPLICATION_ID, SCHEMA_VERSION, create_schema
 
 FILE = "run.sqlite"
 PROBE = 0.5  # seconds that taking the lock waits
@@ -47,15 +47,15 @@ def as_damage(path: Path) -> Iterator[None]:
 def refuse_damaged(store) -> None:
     """Raise StoreError where what all else relies on is not in a RunStore: a config, branches, the current one."""
     names = {branch.id: branch.name for branch in store.branches()}
-    if not isinstance(store.config, dict) or store.get_meta("branch", MAIN) not in list(names):
+    if not isinstance(store.config, dict) or store.branch_id() not in list(names):
         raise StoreError(f"{store.path}: is damaged: it has no config, or not the branch that it stands on")
     if not all(isinstance(name, str) for name in names.values()):
         raise StoreError(f"{store.path}: is damaged: the name of a branch is no text")
 
 
-def refuse_existing(path: Path) -> None:
+def refuse_existing(path: str | os.PathLike) -> None:
     """Raise StoreError where :func:`make` would: ``path`` is taken, or cannot be made. Writes nothing."""
-    with as_store_error(path):
+    with as_store_error(path := Path(path)):
         if os.path.lexists(path):
             open_it = "open that run, or " if (path / FILE).is_file() else ""
             raise StoreError(f"{path}: exists already; {open_it}choose another directory")
