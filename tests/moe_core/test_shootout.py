@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from moe_core import ConfigError, Run, StoreError, preset
+from moe_core import ConfigError, Run, StoreError, preset, session
 from moe_core.checkpoint import load
 from moe_core.shootout import Search, Shootout, shootout_from
 from moe_core.shootout.peaks import rates, stretched, with_rates
@@ -139,6 +139,7 @@ def test_what_is_done_with_a_run_later_does_not_move_the_table(tiny, tmp_path):
     made.train()
     before = made.summary()
     run = Run.open(tmp_path / "s" / f"adamw-s{made.seeds[0]}")
+    run.step(2)
     run.rewind(3)
     run.knobs["lr_scale"].hold(0.1)
     run.step(5)
@@ -175,15 +176,27 @@ def test_a_search_gives_each_entry_the_same_budget_and_the_best_of_its_rates(tin
     assert len([*(tmp_path / "s").rglob("*.safetensors")]) >= 2
 
 
+def test_one_that_is_paused_ends_the_call(tiny, tmp_path):
+    """By whoever has it: it is not done, no other begins, and this is said."""
+    made, said = Shootout.create(tmp_path / "s", tiny(), ["adamw", "sophia"], steps=2000), []
+    assert not made.train(lambda standing: [one.pause() for one in list(session._alive)], said.append)
+    assert not made.finished(made.jobs()[0]) and list(made.lines()["sophia"]) == []
+    assert re.fullmatch(r"adamw-s\d+: paused at step \d+ of 2000; train again to go on", said[-1])
+
+
 def test_a_search_moves_every_rate_of_an_entry(tiny):
-    """The matrices' by the first multiplier of a pair, the rest and the embedding by the second; the floor by none."""
+    """The matrices' by the first multiplier of a pair, the rest and the embedding by the second; the floor by none. Its
+    seed is its own, and of a grid of nine only the middle lies inside.
+    """
     search = Search((0.5, 4.0), steps=6, seed=0)
     for name, first in (("adamw", "learning_rate"), ("muon_adamw", "muon_lr"), ("sophia", "sophia_lr")):
         base = tiny(optimizer=name, embed_lr=0.02)
         before, after = rates(base), rates(search.trial(base, (0.5, 4.0)))
+        assert search.trial(base, (0.5, 4.0)).seed == 0 != base.seed
         assert {n: after[n] / before[n] for n in after} == pytest.approx({n: 0.5 if n == first else 4 for n in before})
         assert "embed_lr" in after
     assert rates(tiny(optimizer="sophia", sophia_lr=0.01)) == {"sophia_lr": 0.01, "embed_lr": 0.01}
+    assert [pair for pair in Search().pairs if not Search().at_edge(pair)] == [(1.0, 1.0)]
 
 
 def test_a_run_that_diverges_is_said_and_the_others_go_on(tiny, tmp_path):
@@ -242,7 +255,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 def test_steps_and_seconds_to_the_baselines_loss_are_where_the_line_crosses():
     """Straight lines: one that falls twice as far is there at half the steps; a worse one never."""
     entries = {"adamw": {0: made_up(2.0)}, "twice": {0: made_up(1.0, ms=8.0)}, "worse": {0: made_up(2.5)}}
+    rows = entries["twice"][0].rows
+    rows.loc[70::10, "val/loss"] = 1.9  # it stays above its best
     frame = table(entries, "adamw", dict.fromkeys(entries, "")).set_index("optimizer")
+    assert frame["val/loss"]["twice"] == 1.9
     assert frame["steps to baseline"][["adamw", "twice"]].tolist() == pytest.approx([100, 50])
     assert frame["seconds to baseline"][["adamw", "twice"]].tolist() == pytest.approx([0.2, 0.4])
     assert math.isnan(frame["steps to baseline"]["worse"])
@@ -252,7 +268,8 @@ def test_models_of_two_shapes_stand_in_one_table(tiny, tmp_path):
     """A dense model and its twin, two optimizers each: four rows, and any of them to compare with."""
     dense = tiny(n_experts=0, expert_width=None)
     made = Shootout.create(tmp_path / "s", {"dense": dense, "moe": moe_twin(dense, 4)}, ["adamw", "muon_adamw"],
-                           steps=4)
+                           steps=4, peaks={"moe-muon_adamw": {"muon_lr": 0.02}, "muon_adamw": {"muon_lr": 0.01}})
+    assert [made.entries[f"{label}-muon_adamw"].optim.muon_lr for label in ("dense", "moe")] == [0.01, 0.02]
     assert made.train()
     assert list(made.summary()["optimizer"]) == ["dense-adamw", "dense-muon_adamw", "moe-adamw", "moe-muon_adamw"]
     frame = made.summary("moe-adamw").set_index("optimizer")
@@ -298,8 +315,12 @@ def test_a_schedule_stretched_keeps_its_shape():
     ({"peaks": {"adamw": {"learning_rate": 0.0}}}, "learning_rate = 0.0: must be more than 0"),
     ({"peaks": {"muon": {"muon_lr": 0.1}}}, "peaks = 'muon': must be one of adamw"),
     ({"peaks": {"adamw": {"sophia_k": 0}}}, "sophia_k = 0: must be at least 1"),
-    ({"peaks": {"adamw": {"batch_size": 2}}, "optimizers": ["sophia", "adamw"]},
-     "batch_size = 2 of adamw: must be 4 as in sophia; all entries must see the same batches"),
+    *(({"peaks": {"adamw": {name: value}}, "optimizers": ["sophia", "adamw"]},
+       f"{name} = {value} of adamw: must be {other} as in sophia; all entries must see the same batches")
+      for name, value, other in (("batch_size", 2, 4), ("gradient_accumulation_steps", 2, 1), ("block_size", 16, 32),
+                                 ("vocab_size", 600, 512), ("eval_interval", 1, 10), ("eval_iters", 3, 2))),
+    ({"peaks": {"adamw": {"val_fraction": 0.2}}, "optimizers": ["sophia", "adamw"]},
+     "adamw: its data are not those of sophia; all entries must see the same batches"),
 ])
 def test_a_wrong_value_is_one_clear_line_and_nothing_is_made(tiny, tmp_path, more, says):
     with pytest.raises(ConfigError, match=says) as raised:
@@ -309,7 +330,7 @@ def test_a_wrong_value_is_one_clear_line_and_nothing_is_made(tiny, tmp_path, mor
 
 def test_wrong_searches_labels_and_folders_are_refused(tiny, tmp_path):
     """One line each: multipliers, a search's length, a label that is no directory name, a folder in use or none."""
-    for multipliers in ((), (0.0, 1.0), (1.0, 1.0), (1, math.inf)):
+    for multipliers in ((), (0.0, 1.0), (1.0, 1.0), (1.0, 1.0001), (1, math.inf)):  # the fourth: one directory
         with pytest.raises(ConfigError, match=r"multipliers = .*: must be different numbers above 0"):
             Search(multipliers)
     with pytest.raises(ConfigError, match="steps = 0: must be an integer"):

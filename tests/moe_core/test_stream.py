@@ -127,10 +127,14 @@ def test_unshuffled_windows_are_the_training_documents_joined(stream, texts, pre
     assert not np.array_equal(taken, tokens[: len(taken)]) and expected.startswith(said.rstrip("\ufffd"))
 
 
-def test_windows_are_shuffled_within_the_buffer_and_none_is_lost(stream):
-    """Each buffer is the same windows as unshuffled in an order of its own, and the seed's."""
+def test_windows_are_shuffled_within_the_buffer_and_none_is_lost(stream, texts, pretrained):
+    """Each buffer is the same windows as unshuffled in an order of its own, and the seed's; an epoch's last one is what
+    is left of it.
+    """
     plain, mixed, again, other = stream(shuffle_buffer=1), stream(), stream(), stream(seed=4)
-    windows = [np.concatenate([one.next().numpy() for _ in range(50 * 4 // B)]) for one in (plain, mixed, again, other)]
+    whole = len(ids(pretrained, [text for text in in_order(texts) if not is_validation(text, VAL)])) // (S + 1)
+    windows = [np.concatenate([one.next().numpy() for _ in range(whole // B + 1)])
+               for one in (plain, mixed, again, other)]
     orders = set()
     for start in (0, 50, 100):
         was, *now = (list(map(tuple, taken[start : start + 50])) for taken in windows)
@@ -138,6 +142,7 @@ def test_windows_are_shuffled_within_the_buffer_and_none_is_lost(stream):
         assert now[0] == now[1] != now[2]
         orders.add(tuple(map(was.index, now[0])))
     assert len(orders) == 3
+    assert len({tuple(sorted(map(tuple, taken[:whole]))) for taken in windows}) == 1
 
 
 def test_stream_resumes_at_the_exact_next_window_from_any_batch(stream, tmp_path):
