@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import sys
@@ -27,9 +28,27 @@ def plain(value):
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def is_integer(value, least: int, most: float = math.inf) -> bool:
+def is_integer(value, least: float, most: float = math.inf) -> bool:
     """Whether ``value`` is an int from ``least`` to ``most``; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value) -> bool:
+    """Whether ``value`` is a finite int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def whole(name: str, value, error: type[ValueError] = ValueError) -> int:
+    """``value`` as an int of at least 1. Raises ``error``, which calls it ``name``."""
+    if not is_integer(value := plain(value), 1):
+        raise error(f"{name} = {value!r}: must be an integer, at least 1")
+    return value
+
+
+def numbered(name: str) -> Iterator[str]:
+    """``name``, ``name-2``, ``name-3``, ...: candidates for a name that is still free."""
+    yield name
+    yield from (f"{name}-{n}" for n in itertools.count(2))
 
 
 _BOUNDS = (("ge", lambda v, b: v >= b, "at least"), ("gt", lambda v, b: v > b, "more than"),
@@ -67,9 +86,9 @@ def _matches(value, hint) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in typing.get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return is_number(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return is_integer(value, -math.inf)
     return isinstance(value, hint)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from moe_core import checkpoint, origin, provenance
+from moe_core.checked import numbered
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ModelConfig
 from moe_core.snapshots import Snapshot, Snapshots
@@ -94,9 +95,8 @@ class History:
             return known[-1]  # the state after a step of a branch never changes
         label = "" if name is None else "-" + (re.sub(r"[^\w.-]+", "-", name).strip("-.")[:40] or "named")
         taken = {c.path for c in self.store.checkpoints()}
-        path = next(p for n in range(1, len(taken) + 2)
-                    if (p := f"{FOLDER}/{branch}-{step:08d}{label}{'' if n == 1 else f'-{n}'}{checkpoint.SUFFIX}")
-                    not in taken)
+        path = next(path for stem in numbered(f"{FOLDER}/{branch}-{step:08d}{label}")
+                    if (path := stem + checkpoint.SUFFIX) not in taken)
         checkpoint.save(self.store.path / path, state, {
             "run": self.store.get_meta("created"), "branch": branch, "step": step, "name": name,
             "config": self.store.config,

@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_core.checked import numbered
 from moe_core.config import OPTIMIZERS
 from moe_core.old_forms import Console, Draft, LogError, Tally
 from moe_core.old_wandb import is_wandb, read_wandb
@@ -177,8 +178,8 @@ def _fill(store: RunStore, draft: Draft, rename: dict[str, str]) -> None:
             ids.append(MAIN)
         else:
             taken = {branch.name for branch in store.branches()}
-            names = (f"from-{stretch.fork}{'' if n == 1 else f'-{n}'}" for n in range(1, len(taken) + 2))
-            ids.append(store.add_branch(next(n for n in names if n not in taken), ids[stretch.parent], stretch.fork))
+            name = next(name for name in numbered(f"from-{stretch.fork}") if name not in taken)
+            ids.append(store.add_branch(name, ids[stretch.parent], stretch.fork))
         for step in sorted(stretch.rows):
             row = {rename.get(name, name): value for name, value in stretch.rows[step].items()}
             if len(row) < len(stretch.rows[step]):
@@ -192,4 +193,4 @@ def _fill(store: RunStore, draft: Draft, rename: dict[str, str]) -> None:
 
 def _folder(name: str, taken: set[str]) -> str:
     plain = re.sub(r"[^\w.+-]+", "-", name).strip("-.")[:80] or "run"
-    return next(p for n in range(1, len(taken) + 2) if (p := plain if n == 1 else f"{plain}-{n}") not in taken)
+    return next(name for name in numbered(plain) if name not in taken)

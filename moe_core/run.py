@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moe_core import finetune, origin, provenance
 from moe_core.attach import Attached
+from moe_core.checked import numbered
 from moe_core.config import RunConfig
 from moe_core.data import fingerprint
 from moe_core.face import Face
@@ -34,10 +35,8 @@ _open_runs: weakref.WeakValueDictionary[Path, Run] = weakref.WeakValueDictionary
 
 def free_path(path: str | os.PathLike) -> Path:
     """``path``, or the first of ``path-2``, ``path-3``, ... that does not exist yet."""
-    path, n = Path(path), 1
-    while (candidate := path if n == 1 else path.with_name(f"{path.name}-{n}")).exists():
-        n += 1
-    return candidate
+    path = Path(path)
+    return next(free for name in numbered(path.name) if not (free := path.with_name(name)).exists())
 
 
 def _own(store: RunStore) -> RunStore:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from moe_core import origin, provenance
 from moe_core.ab import AB, check_choices
-from moe_core.checked import plain
+from moe_core.checked import numbered, plain
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import fingerprint, open_data
@@ -278,10 +278,8 @@ class Timeline:
         self.store.log_event(self._branch.id, step, "branch", {"text": f"branch {name} from step {step}"})
 
     def _free_name(self, wanted: str) -> str:
-        taken, name, n = {b.name for b in self.store.branches()}, wanted, 1
-        while name in taken:
-            name, n = f"{wanted}-{n + 1}", n + 1
-        return name
+        taken = {b.name for b in self.store.branches()}
+        return next(name for name in numbered(wanted) if name not in taken)
 
     def _stand_on(self, branch: int) -> None:
         self._branch = next(b for b in self.store.branches() if b.id == branch)
