@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moe_core import effects
-from moe_core.checked import is_integer, plain
+from moe_core.checked import plain, whole
 from moe_core.knobs import check_turn
 
 
@@ -17,9 +17,7 @@ def check_choices(knobs: Mapping, a: Mapping[str, float], b: Mapping[str, float]
             raise ValueError(f"{which} = {choice!r}: must be a dict of knobs and the values to hold them at")
         for name, value in choice.items():
             check_turn(knobs[name].name, "hold", plain(value))
-    if not is_integer(steps := plain(steps), 1):
-        raise ValueError(f"steps = {steps!r}: must be an integer, at least 1")
-    return steps
+    return whole("steps", steps)
 
 
 @dataclass(frozen=True)

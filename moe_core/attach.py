@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from moe_core import probe
-from moe_core.checked import is_integer, plain
+from moe_core.checked import whole
 from moe_core.config import RunConfig
 from moe_core.face import Face
 from moe_core.history import turns
@@ -128,9 +128,7 @@ class _Remote:
                              "continues it here")
 
     def start(self, n: int) -> None:
-        if not is_integer(n := plain(n), 1):
-            raise ValueError(f"n = {n!r}: must be an integer, at least 1")
-        self.ask("start", {"n": n}, wait=True)
+        self.ask("start", {"n": whole("n", n)}, wait=True)
 
     def pause(self) -> None:
         self.ask("pause", {})

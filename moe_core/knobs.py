@@ -8,13 +8,12 @@ recompiles nothing and waits for no device.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 
-from moe_core.checked import is_integer
+from moe_core.checked import is_integer, is_number, plain
 from moe_core.config import RunConfig
 
 
@@ -98,8 +97,7 @@ def check_turn(name: str, mode: str, value: float | None = None, over: int | Non
         if value is not None or over is not None:
             raise KnobError(f"{name}: follow takes no value; the schedule says what it is")
         return
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not spec.low <= value <= spec.high:
+    if not is_number(plain(value)) or not spec.low <= value <= spec.high:
         raise KnobError(f"{name} = {value!r}: must be a number from {spec.low:g} to {spec.high:g}")
     if mode == "ramp" and not is_integer(over, 1):
         raise KnobError(f"{name}: over = {over!r}: must be an integer, at least 1")

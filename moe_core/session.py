@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from moe_core.checked import is_integer, plain
+from moe_core.checked import whole
 from moe_core.store import StoreError
 from moe_core.trainer import MemoryLimitError, NonFiniteError
 
@@ -93,8 +93,7 @@ class Session:
 
     def start(self, n: int) -> None:
         """Train ``n`` optimizer steps more; returns at once. While a chunk's steps run, it grows by ``n``."""
-        if not is_integer(n := plain(n), 1):
-            raise ValueError(f"n = {n!r}: must be an integer, at least 1")
+        n = whole("n", n)
         with self._changed:
             self._changed.wait_for(lambda: self._state != "moving")
             self._refuse_closed()

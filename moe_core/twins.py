@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from moe_core.checked import is_integer, plain
+from moe_core.checked import whole
 from moe_core.config import ConfigError, RunConfig
 from moe_core.model import Transformer
 from moe_core.optim import parameter_groups
@@ -64,8 +64,7 @@ def finer(config: RunConfig, times: int) -> RunConfig:
     model, router = config.model, config.router
     if not model.n_experts:
         raise ConfigError("n_experts = 0: must be at least 1 for experts that are to be made finer")
-    if not is_integer(times := plain(times), 1):
-        raise ConfigError(f"times = {times!r}: must be an integer, at least 1")
+    times = whole("times", times, ConfigError)
     if model.ff_width % (8 * times):
         raise ConfigError(f"times = {times}: expert_width = {model.ff_width} must be a multiple of {8 * times}, so "
                           "that each part is a multiple of 8")

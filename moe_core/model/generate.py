@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_core.config import ConfigError
+from moe_core.checked import ConfigError, is_integer, is_number, plain
 from moe_core.model.cache import LayerCache
 from moe_core.model.router import RouterControls, Routing
 from moe_core.model.transformer import Transformer
@@ -179,21 +179,13 @@ def _checked(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     if room < 1:
         raise ValueError(f"prompt: {size - room:,} tokens; must be at most {size - 1:,}, as block_size = {size:,} "
                          "holds the prompt and what follows it")
-    if max_new_tokens is not None and not (_whole(max_new_tokens) and 1 <= max_new_tokens <= room):
+    if max_new_tokens is not None and not is_integer(plain(max_new_tokens), 1, room):
         raise ValueError(f"max_new_tokens = {max_new_tokens!r}: must be an integer, 1 to {room:,} here: block_size "
                          f"= {size:,}, and the longest prompt has {size - room:,} tokens")
-    if not _number(temperature) or not 0 <= temperature < float("inf"):
+    if not is_number(plain(temperature)) or temperature < 0:
         raise ValueError(f"temperature = {temperature!r}: must be a number, 0 (the likeliest token) or more")
-    if top_k is not None and not (_whole(top_k) and top_k >= 1):
+    if top_k is not None and not is_integer(plain(top_k), 1):
         raise ValueError(f"top_k = {top_k!r}: must be an integer, at least 1, or None")
-    if top_p is not None and not (_number(top_p) and 0 < top_p <= 1):
+    if top_p is not None and not (is_number(plain(top_p)) and 0 < top_p <= 1):
         raise ValueError(f"top_p = {top_p!r}: must be more than 0 and at most 1, or None")
     return size if max_new_tokens is None else size - room + max_new_tokens
-
-
-def _whole(value) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

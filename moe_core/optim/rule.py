@@ -6,13 +6,14 @@ state (tensors of each parameter), which is what ``state_dict`` saves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moe_core.checked import is_integer, is_number
 
 Group = dict[str, Any]
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -35,20 +36,16 @@ class Rule:
 
 # Ranges of the hyperparameters, by name: the same in every rule.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda v: _is_number(v) and v > 0, "a number more than 0"),
-    "weight_decay": (lambda v: _is_number(v) and v >= 0, "a number, at least 0"),
-    "betas": (lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(_is_number(b) and 0 <= b < 1 for b in v),
+    "lr": (lambda v: is_number(v) and v > 0, "a number more than 0"),
+    "weight_decay": (lambda v: is_number(v) and v >= 0, "a number, at least 0"),
+    "betas": (lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
               "two numbers, each at least 0 and less than 1"),
-    "momentum": (lambda v: _is_number(v) and 0 <= v < 1, "a number, at least 0 and less than 1"),
-    "eps": (lambda v: _is_number(v) and v > 0, "a number more than 0"),
-    "rho": (lambda v: _is_number(v) and v > 0, "a number more than 0"),
-    "bs": (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+    "momentum": (lambda v: is_number(v) and 0 <= v < 1, "a number, at least 0 and less than 1"),
+    "eps": (lambda v: is_number(v) and v > 0, "a number more than 0"),
+    "rho": (lambda v: is_number(v) and v > 0, "a number more than 0"),
+    "bs": (lambda v: is_integer(v, 1),
            "the number of predictions averaged in a Hessian pass (batch x sequence), an integer, at least 1"),
 }
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_group(rule: Rule, group: Group) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from moe_core.checked import is_integer, plain
+from moe_core.checked import whole
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
 from moe_core.shootout.peaks import stretched, with_rates
 
@@ -20,7 +20,7 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
     for name in optimizers or ():
         one_of("optimizer", name, OPTIMIZERS)
     if steps is not None:
-        whole("steps", steps)
+        whole("steps", steps, ConfigError)
     if isinstance(models, RunConfig):
         entries = {name: models.replace(optimizer=name) for name in optimizers or [models.optim.optimizer]}
     elif optimizers:
@@ -57,12 +57,6 @@ def named(label: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", label):
         raise ConfigError(f"label = {label!r}: must be letters, digits, '.', '_' and '-', as it names a directory")
     return label
-
-
-def whole(name: str, value) -> int:
-    if not is_integer(value := plain(value), 1):
-        raise ConfigError(f"{name} = {value!r}: must be an integer, at least 1")
-    return value
 
 
 def one_of(name: str, value: str, known) -> str:

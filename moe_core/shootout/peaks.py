@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from moe_core.checked import is_integer, plain
+from moe_core.checked import plain, whole
 from moe_core.config import ConfigError, RunConfig
 
 # Two rates each, so that one search serves all: of the matrices in the blocks and of the rest for a mix with Muon,
@@ -69,8 +69,7 @@ class Search:
         numbers = [m for m in self.multipliers if isinstance(m, int | float) and 0 < m < math.inf]
         if not numbers or len(set(map(spell, numbers))) < len(self.multipliers):
             raise ConfigError(f"multipliers = {self.multipliers}: must be different numbers above 0, at least one")
-        if not is_integer(self.steps, 1):
-            raise ConfigError(f"steps = {self.steps!r}: must be an integer, at least 1")
+        whole("steps", self.steps, ConfigError)
         if not isinstance(self.second, int | float) or not 0 < self.second < math.inf:
             raise ConfigError(f"second = {self.second!r}: must be a number above 0")
 

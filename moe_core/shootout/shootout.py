@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from moe_core import frames
-from moe_core.checked import plain
+from moe_core.checked import plain, whole
 from moe_core.config import OPTIMIZERS, ConfigError, RunConfig
 from moe_core.run import Run
-from moe_core.shootout.entries import named, one_of, planned, whole
+from moe_core.shootout.entries import named, one_of, planned
 from moe_core.shootout.peaks import Search, rates, spell, with_rates
 from moe_core.shootout.table import Line, step_lines, summary_lines, table, write_csv
 from moe_core.store import RunStore, StoreError
@@ -76,8 +76,9 @@ class Shootout:
         """
         made = planned(models, optimizers, steps, peaks or {})
         first = next(iter(made.values()))
-        n = plain(seeds)
-        seeds = tuple(range(first.seed, first.seed + whole("seeds", n)) if isinstance(n, int) else map(plain, seeds))
+        if isinstance(n := plain(seeds), int):
+            seeds = range(first.seed, first.seed + whole("seeds", n, ConfigError))
+        seeds = tuple(map(plain, seeds))
         if not seeds or len(set(seeds)) < len(seeds):
             raise ConfigError(f"seeds = {list(seeds)}: must be different integers, at least one")
         if tune is not None and tune.seed is None:
