@@ -106,7 +106,7 @@ def _line(text: str, error: bool, at: float) -> str:
 
 
 class NoteBox:
-    """A line of text that is pinned to the run's current step, by its button or, which the page makes of it, the Enter key."""
+    """A line of text that is pinned to the run's current step, by its button or the Enter key, which the page hears."""
 
     def __init__(self, run, log: Log, posted: Callable[[], None] = lambda: None):
         self._run, self._posted = run, posted

@@ -46,9 +46,13 @@ def test_a_notebook_steers_a_run_that_a_shell_trains_and_leaves_it_running(night
     rows = store.read_steps(since=turned[0]["step"] - 1, shares=False)
     assert rows.column("router/temp")[0] == 2.5
 
-    note = page.locator(".moe-workbench textarea, .moe-workbench input[type=text]").first
-    note.fill("seen from afar")
-    note.press("Enter")
+    note = page.get_by_placeholder("A note, pinned to the current step")
+    note.evaluate("""(box) => {  // typed faster than the kernel hears
+        for (box.value of ["seen", "seen from afar"]) box.dispatchEvent(new Event("input", {bubbles: true}));
+        box.dispatchEvent(new KeyboardEvent("keypress", {key: "Enter", keyCode: 13, bubbles: true})); }""")
+    until(lambda: [e["payload"]["text"] for e in store.read_events() if e["kind"] == "note"] == ["seen from afar"],
+          "the whole note, to its last letter")
+    until(lambda: note.input_value() == "", "an empty box for the next one")
     page.get_by_role("button", name="Pause").click()
     until(lambda: state(page) == "paused", "paused")
     at = store.last_step()
