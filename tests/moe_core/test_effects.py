@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from moe_core.effects import LONGEST, design_of_pair, design_of_turn, effects
-from moe_core.noise import LEVEL, MANY, Estimate, holm, regress, two_sided, whitened
+from moe_core.noise import LEVEL, MANY, Estimate, holm, regress, tail, two_sided, whitened
 from moe_core.store import MAIN, RunStore
 
 
@@ -97,7 +97,26 @@ def test_an_interval_leaves_out_0_exactly_where_its_test_stands_out():
         stands_out, held_to = holm(estimate.p_M)
         low, high = estimate.interval(held_to)
         assert np.array_equal(stands_out, (low > 0) | (high < 0))
+        for beyond in (high - estimate.values_GM, estimate.values_GM - low):  # and has half the level beyond either end
+            left = (estimate.weights_GM * tail(beyond / estimate.errors_GM, estimate.df)).sum(0)
+            np.testing.assert_allclose(left, held_to / 2, rtol=1e-6)
     assert not stands_out
+
+
+def test_of_several_tests_the_next_is_held_to_a_wider_level_until_one_fails():
+    """Holm's method: the level over 4, 3, 2 and 1; all from the first that fails on are held to that one's."""
+    stands_out, held_to = holm(LEVEL * np.array([0.9, 0.1, 0.6, 0.3]))
+    assert stands_out.tolist() == [False, True, False, True]
+    np.testing.assert_allclose(held_to / LEVEL, [1 / 2, 1 / 4, 1 / 2, 1 / 3])
+
+
+def test_what_is_less_than_a_stored_number_can_say_is_no_effect():
+    """A series that is constant but for the last digit of a float32, which changes where the knob was turned."""
+    steps = np.arange(1, 101)
+    values = (0.1 + 1e-8 * (steps > 50)).astype(np.float32).astype(float)[:, None]
+    assert len(np.unique(values)) == 2
+    estimate = regress(steps, values, *design_of_turn(steps, 51, (steps > 50) * 1.0))
+    assert estimate.p_M > LEVEL
 
 
 def test_the_filter_whitens_as_the_root_of_the_covariance_does():

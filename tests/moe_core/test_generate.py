@@ -146,6 +146,7 @@ def test_sampling_is_from_the_tempered_distribution_and_from_what_is_kept_of_it(
 @pytest.mark.parametrize("how, said", [
     (dict(max_new_tokens=16), r"max_new_tokens = 16: .*1 to 15 here: block_size = 24.*9 tokens"),
     (dict(temperature=-1.0), "temperature = -1.0"), (dict(top_k=0), "top_k = 0"), (dict(top_p=1.5), "top_p = 1.5"),
+    (dict(top_p=0.0), "top_p = 0.0"),
 ])
 def test_what_cannot_be_is_refused_in_one_line(how, said):
     """Before anything is read, with the field, the value and what would be right."""
@@ -184,7 +185,7 @@ def test_a_run_that_generates_is_the_run_that_does_not(tiny_run):
 
 def test_a_text_its_tokens_and_experts_belong_together(tiny_run):
     """One seed gives one text, another another; ids read as the text; the prompt's experts are run.inspect's."""
-    run = tiny_run(top_k=2, norm_topk_prob=True, balance="bias", router_temp_final=0.7)
+    run = tiny_run(top_k=2, norm_topk_prob=True, balance="bias", router_temp_final=0.7, n_layer=3, skip_first_n_moe=1)
     run.step(4)
     one, same, other = (run.generate("class Thé:", 12, seed=seed) for seed in (1, 1, 2))
     assert one.text == same.text != other.text and one.text.startswith("class Thé:")
@@ -193,6 +194,8 @@ def test_a_text_its_tokens_and_experts_belong_together(tiny_run):
     assert "".join(seen.pieces) == one.text
     probe = run.inspect("class Thé:")
     assert np.array_equal(probe.experts, one.experts[:, : one.n_prompt])
+    assert probe.blocks == seen.blocks == one.blocks == (1, 2)
+    assert np.array_equal(probe.classes, seen.classes[: one.n_prompt])
     np.testing.assert_allclose(probe.weights, one.weights[:, : one.n_prompt], atol=1e-6)
     assert one.experts.shape == (2, len(one.token_ids), 2)
     *_, last = run.stream("class Thé:", 12, seed=1)

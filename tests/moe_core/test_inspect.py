@@ -72,6 +72,11 @@ def test_a_router_that_follows_the_class_has_all_the_information_there_can_be(to
     halves = np.stack([one.classes % 2 * 2, one.classes % 2 * 2 + 1], -1)
     few = made(tokenizer, [TEXT * 20], lambda c, ids: np.stack([halves, halves]), top_k=2).mutual_information()
     assert (few["normalised"] > 0.999).all() and (few["nats"] < 0.8).all()
+    # Of the kind of document too: the first is all of one expert's.
+    n = len(TokenText(tokenizer).encode(TEXT * 20))
+    kinds = made(tokenizer, [TEXT * 20, "It was 1859.\n" * 40], lambda c, ids: [np.arange(len(c)) >= n] * 2,
+                 kinds=["prose", "code"]).mutual_information()
+    assert (kinds[kinds["about"] == "document kind"]["normalised"] > 0.999).all()
     collapsed = made(tokenizer, [TEXT], lambda c, ids: np.zeros((2, len(c))).astype(int))
     assert collapsed.mutual_information()["normalised"].isna().all()
 
@@ -144,6 +149,10 @@ def test_typical_tokens_are_those_an_expert_has_more_than_its_share_of(tokenizer
     assert table["id"].iloc[0] == special and table["token"].iloc[0] == "'def'"
     assert table["count"].iloc[0] == table["total"].iloc[0] == (found.token_ids == special).sum()
     assert table["z"].is_monotonic_decreasing and (table["lift"] > 1).all()
+    assert table["lift"].iloc[0] == pytest.approx(1 / found.shares()[0, 2])
+    pairs = made(tokenizer, ["def;" * 30 + "!" * 400 + TEXT], lambda c, ids: np.stack(
+        [np.stack([choose(c, ids)[0], np.full(len(ids), 4)], -1)] * 2), n_experts=5, top_k=2)
+    assert pairs.tokens_of(0, 2)["lift"].iloc[0] == pytest.approx(0.5 / pairs.shares()[0, 2])
     common = table[table["total"] > 300]
     assert (common["lift"] < 1.4).all() and (common["z"] < table["z"].iloc[0] / 2).all()
     assert special not in set(found.tokens_of(1, 0)["id"])

@@ -92,7 +92,9 @@ def test_it_foresees_what_a_turn_does_to_the_batch(tiny_run):
 
 
 def test_it_says_what_it_cannot_know(tiny_run):
-    """Alpha moves no token; a temperature without noise changes no choice; deeper layers keep their inputs."""
+    """Alpha moves no token; a temperature without noise changes no choice, where there is no balance bias; deeper
+    layers keep their inputs. Of one layer and one batch all is known.
+    """
     run = tiny_run(router_noise_std_init=0.0, gradient_accumulation_steps=2)
     run.step(1)
     alpha = run.preview(load_balance_alpha=0.5, lr_scale=0.5)
@@ -104,6 +106,9 @@ def test_it_says_what_it_cannot_know(tiny_run):
     assert np.array_equal(temp.shares_now, temp.shares_then)
     said = " ".join(temp.unknown)
     assert "never the choice of experts" in said and "inputs of the next" in said and "last of 2 micro-batches" in said
+    biased = tiny_run("biased", router_noise_std_init=0.0, balance="bias", n_layer=1)
+    biased.step(1)
+    assert biased.preview(router_temp=0.7).unknown == ()
 
 
 def test_it_shows_now_and_then(tiny_run):

@@ -137,6 +137,9 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
     early = run.inspect(TEXT)
     run.step(1)
     late, start = run.inspect(TEXT), run.inspect(TEXT, step=0)
+    table, (zero, two) = run.saturation(texts=TEXT), (late.changed_since(then) for then in (start, early))
+    assert table["step"].tolist() == [0, 0, 2, 2] and set(table["compared_with"]) == {3}
+    assert table["saturation"].tolist() == [*zero["saturation"], *two["saturation"]]
     path = run.path
     run.close()
     run = type(run).open(path)
@@ -186,8 +189,10 @@ def test_weights_of_an_update_that_was_cut_short_are_not_shown(tiny_run):
     assert not np.array_equal(run.inspect(TEXT).weights, want.weights)
 
 
-def test_the_probe_without_a_text_is_the_runs_validation(tiny_run):
-    """The same windows at every call, those that validation reads, cut into documents at the end of a text."""
+def test_the_probe_without_a_text_is_the_runs_validation(tiny_run, monkeypatch):
+    """The same windows at every call, those that validation reads, cut into documents at the end of a text; where they
+    are many, some from the first to near the last.
+    """
     run = tiny_run(eval_iters=3)
     run.step(1)
     first, second = run.inspect(), run.inspect()
@@ -196,6 +201,8 @@ def test_the_probe_without_a_text_is_the_runs_validation(tiny_run):
     ends = [(at + 1) % 32 != 0 and first.windows[at] == first.windows[at + 1] and token == 0
             for at, token in enumerate(first.token_ids[:-1])]
     assert first.documents.max() == len(rows) - 1 + sum(ends)
+    monkeypatch.setattr(probe, "PROBE_TOKENS", 5 * 32)
+    assert len(rows) == 12 and np.array_equal(run.inspect().token_ids, rows[[0, 2, 4, 7, 9]].flatten())
 
 
 def test_an_array_of_ids_has_numbers_for_text(tiny_run, tmp_path):
