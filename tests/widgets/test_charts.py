@@ -8,6 +8,7 @@ import pytest
 from moe_core.health import healthy_band
 from widgets import charts
 from widgets.charts import expert_colors
+from widgets.colors import ALL, CROWDED, FAIR, NONE, STARVED
 from widgets.feed import Feed
 from widgets.figures import figure, panel_figure, panel_parts
 from widgets.marks import Marks
@@ -43,7 +44,7 @@ def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
     """Each expert's solid line is its served share and its dotted one its demand, of the selected layers."""
     metrics, experts, events = data
     for layer in (None, 2):
-        shown = by_uid(panel_figure(metrics, experts, events, layer=layer))
+        shown = by_uid(panel_figure(metrics, experts, events, layer=layer, others={"b": 2 * metrics}))
         chosen = experts if layer is None else experts[experts.layer == layer]
         mean = chosen.groupby(["step", "expert"])[["demand", "served"]].mean().unstack()
         for expert in range(4):
@@ -52,15 +53,60 @@ def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
                 np.testing.assert_allclose(line.y, mean[kind][expert], rtol=1e-5)
                 assert (line.x.tolist(), line.line.dash) == (list(range(1, 41)), dash)
         np.testing.assert_allclose(shown["utilisation-served"].y, mean["served"].iloc[-1], rtol=1e-5)
-        name = "router/entropy_mean" + ("" if layer is None else f"/layer_{layer}")
-        np.testing.assert_allclose(shown["entropy"].y, metrics[name], rtol=1e-6)
+        here = "" if layer is None else f"/layer_{layer}"
+        drawn = {"train-loss": "train/loss", "train-ce": "train/ce", "grad-norm": "grad/norm",
+                 "max-frac-worst": "router/max_frac_max", "entropy": f"router/entropy_mean{here}",
+                 "top1-p": f"router/top1_p_mean{here}", "max-frac": f"router/max_frac_mean{here}",
+                 "drop-frac": f"router/drop_frac_mean{here}"}
+        for uid, name in drawn.items():
+            np.testing.assert_allclose(shown[uid].y, metrics[name], rtol=1e-6)
+        for uid in ("train-loss", "entropy", "max-frac"):
+            np.testing.assert_allclose(shown[f"others-{uid}"].y[:-1], 2 * metrics[drawn[uid]], rtol=1e-6)
+        np.testing.assert_allclose(shown["others-val-loss"].y[:-1], 2 * metrics["val/loss"].dropna(), rtol=1e-6)
     last = experts[experts.step == 40].pivot(index="layer", columns="expert", values="served")
     heat = shown["heatmap"]  # coloured by the logarithm of share / (1/E), and never under an eighth
     np.testing.assert_allclose(np.array(heat.z, float), np.maximum(np.log2(last * 4), -3), rtol=1e-5)
     np.testing.assert_allclose(np.array(heat.customdata, float)[..., 1], last, rtol=1e-6)
+    assert [(at, color) for at, color in heat.colorscale] == [
+        (0, NONE), (0.4, STARVED), (0.6, FAIR), (0.8, CROWDED), (1, ALL)]  # of -3, -1, 0, 1 and 2
+    assert dict(zip(heat.colorbar.tickvals, heat.colorbar.ticktext, strict=True)) == {
+        -3: "≤⅛×", -1: "½×", 0: "fair", 1: "2×", 2: "all"}
     assert heat.zmax == 2 and heat.text[0][0] == f"{100 * last[0][0]:.0f}%"  # everything to one expert of four
     assert shown["val-loss"].x.tolist() == [10, 20, 30, 40]
     np.testing.assert_allclose(shown["clip-ratio"].y, metrics["grad/clipped_cum"] / metrics.index, rtol=1e-5)
+
+
+def test_titles_keys_and_hovers_name_what_is_drawn(data):
+    """With a layer, other branches and healthy ranges; where nothing is dropped an expert's two lines are one."""
+    metrics, experts, events = data
+    fig = panel_figure(metrics, experts, events, layer=2, top_k=1, others={"b": metrics})
+    words = [re.sub("<[^>]*>", "", note.text.replace("<br>", "   ")) for note in fig.layout.annotations]
+    assert words == [
+        "Share of each expert, layer 2   ━ served   ┅ demand   ╌ fair share", "Utilisation at step 40, layer 2",
+        "Served share by layer at step 40", "Loss   ━ train   ┅ its cross-entropy   ━ validation   ━ others",
+        "Router, layer 2   ━ entropy   ━ top-1 probability",
+        "Load, layer 2   ━ worst layer (┅ ≤ 70%)   ━ largest demand (░ ≤ 70%)   ━ dropped (┅ ≤ 2%)",
+        "Gradient   ━ norm   ━ clip ratio"]
+    hovers = {trace.uid: re.sub("<br>step .*", "", trace.hovertemplate) for trace in fig.data}
+    for uid, hover in {
+            "expert-3-demand": "expert 3 demand %{y:.1%}", "expert-3-served": "expert 3 served %{y:.1%}",
+            "heatmap": "layer %{y}, expert %{x}<br>served %{customdata[1]:.1%}, demand %{customdata[0]:.1%}"
+                       "<extra></extra>",
+            "others-entropy": "branch %{text}<br>entropy %{y:.3f} nats", "top1-p": "top-1 probability %{y:.3f}",
+            "max-frac-worst": "worst layer %{y:.1%}", "drop-frac": "dropped %{y:.1%}"}.items():
+        assert hovers[uid] == hover
+    assert fig.layout.xaxis2.title.text == "expert (full bar: served, pale bar: demand)"
+    assert [trace.name for trace in fig.data if trace.showlegend] == ["0", "1", "2", "3"]
+    seen = by_uid(fig)
+    axes = {uid: fig.layout[f"yaxis{seen[uid].yaxis[1:]}"] for uid in ("top1-p", "clip-ratio", "entropy")}
+    assert [axis.side for axis in axes.values()] == ["right", "right", None]
+    entropy, = (shape for shape in fig.layout.shapes if shape.label.text == "ln 4")
+    assert entropy.y0 == entropy.y1 == np.log(4) and entropy.yref == seen["entropy"].yaxis
+    dropless = panel_figure(metrics, experts.assign(served=experts.demand), events)
+    assert {trace.uid for trace in dropless.data if trace.visible is False} == {f"expert-{e}-demand" for e in range(4)}
+    assert not [trace for trace in fig.data if trace.visible is False]
+    assert "━ served = demand" in dropless.layout.annotations[0].text
+    assert "mean of layers" in dropless.layout.annotations[0].text and "others" not in str(dropless.layout.annotations)
 
 
 def test_an_expert_has_one_colour_everywhere(data):
