@@ -211,6 +211,7 @@ class Session:
             self._run.end_chunk()
             with self._changed:
                 if self._state == "pausing" or self._done == self._total:
+                    self._drain()  # before it rests: of what cannot be done nobody waits to hear
                     return self._rest("paused" if self._done < self._total else "idle")
                 # Asked for while the last one was being saved: a chunk of its own, that can be undone alone.
                 self._done, self._total = 0, self._total - self._done

@@ -125,8 +125,8 @@ def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
     assert seen + 2 <= run.current_step <= seen + 4 and run.session.state == "idle"
 
 
-def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run):
-    """It is refused, and what comes after it is applied."""
+def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run, monkeypatch):
+    """It is refused, and what comes after it is applied; one that comes while a chunk ends makes no training fail."""
     run = tiny_run()
     for command, line in ((Command("knob", {"name": "typo", "mode": "hold", "value": 1.0}), "typo"),
                           (Command("knob", {"name": "router_temp", "mode": "hold", "value": float("nan")}), "nan"),
@@ -136,6 +136,11 @@ def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run):
     run.note("still here")
     run.step(1)
     assert run.session.pending() == [] and list(run.events()["kind"])[-1] == "note"
+    end, late = run.end_chunk, (Command("dance", {}), Command("note", {"text": "after it"}))
+    monkeypatch.setattr(run, "end_chunk", lambda: (end(), *map(run.session.post, late)))
+    run.step(1)
+    assert run.session.state == "idle" and run.session.pending() == []
+    assert run.events()["kind"].tolist()[-2:] == ["alert", "note"]
 
 
 def test_a_named_checkpoint_that_cannot_be_written_is_said_and_stops_no_training(tiny_run):
