@@ -140,7 +140,7 @@ def router_metrics(reading: Reading, alpha: float, router: RouterConfig) -> dict
     """The router's metrics of one step: means over layers, then every layer by itself.
 
     A name with ``/layer_{l}`` behind is that layer's own value of the metric in front of it. ``alpha`` is 0
-    where no balance loss is minimised; ``router/balance_mean``, 1 when balanced, E when collapsed, is that
+    where no balance loss is minimised; ``router/balance_mean``, 1 when balanced, E/K when collapsed, is that
     loss itself, minimised or not. ``router/seq_aux_mean``, that of each sequence by itself times
     ``sequence_balance_alpha``, is there where it is minimised, and ``router/no_expert_mean``, the share of tokens
     that no expert took, where experts choose. ``router/bias_e{i}/layer_{l}`` has no mean: what is added

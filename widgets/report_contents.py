@@ -44,8 +44,8 @@ HOW_TOLD = (
 INTERVAL = "95 % interval (Holm)"
 SNAPSHOT = ("train/loss", "train/ce", "val/loss", "val/loss_with_aux", "router/entropy_mean", "router/top1_p_mean",
             "router/max_frac_mean", "router/max_frac_max", "router/active_min", "router/aux_mean", "router/z_mean",
-            "router/drop_frac_mean", "grad/norm", "router/temp", "router/noise_std", "router/load_balance_alpha",
-            "lr", "perf/tok_s")
+            "router/drop_frac_mean", "router/no_expert_mean", "router/bias_max", "grad/norm", "router/temp",
+            "router/noise_std", "router/load_balance_alpha", "lr", "perf/tok_s")
 
 
 def document(record: Record, answers: Sequence[gates.Answer], baselines: Sequence[Record],

@@ -22,8 +22,8 @@ FEW = 20  # fewer are no trend
 # What is observed, in this order, where a run has it.
 OBSERVED = ("val/loss", "val/loss_with_aux", "train/ce", "train/loss", "router/entropy_mean", "router/top1_p_mean",
             "router/max_frac_mean", "router/max_frac_max", "router/frac_srv_e*", "router/active_min",
-            "router/drop_frac_mean", "router/aux_mean", "router/z_mean", "grad/norm", "grad/clipped_cum",
-            "perf/tok_s")
+            "router/drop_frac_mean", "router/no_expert_mean", "router/aux_mean", "router/bias_max", "router/z_mean",
+            "grad/norm", "grad/clipped_cum", "perf/tok_s")
 
 
 def observations(record: Record) -> Table:
@@ -215,12 +215,13 @@ def _regularisation(record: Record) -> list[str]:
     if len(alpha) and alpha[-1] > 0:
         said.append(f"The balance term is {number(balance)} at alpha {number(alpha[-1])}, the mean of the last {n}: "
                     f"{number(float((aux[-n:] / np.maximum(alpha[-n:], 1e-12)).mean()))} before it is weighted, where "
-                    f"1 is balanced and {record.n_experts} collapsed.")
+                    f"1 is balanced and {number(record.n_experts / record.top_k)} collapsed.")
     elif len(alpha):
         said.append("The balance term has no weight: alpha is 0.")
     if len(z) and len(coef):
         weighed = float((z[-n:] * coef[-n:]).mean())
-        part = f"; both terms are {(balance + weighed) / total[-n:].mean():.1%} of the loss" if len(total) else ""
+        terms = "both terms are" if len(alpha) else "that is"
+        part = f"; {terms} {(balance + weighed) / total[-n:].mean():.1%} of the loss" if len(total) else ""
         said.append(f"The z-loss is {number(float(z[-n:].mean()))}, weighted {number(weighed, 3)}{part}.")
     return said
 

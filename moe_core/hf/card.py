@@ -21,7 +21,7 @@ ROUTING = {"router/max_frac_max": "largest share of an expert, of the worst laye
            "router/active_min": "experts with a token, of the worst layer",
            "router/entropy_mean": "entropy of the router's probabilities, nats",
            "router/top1_p_mean": "probability of the first choice",
-           "router/balance_mean": "balance, 1 when even, E when collapsed",
+           "router/balance_mean": "balance loss, 1 when even, E/K when collapsed",
            "router/drop_frac_mean": "share of assignments dropped in training",
            "router/collapsed": "collapsed (1 is yes)"}
 PLACES = {"stdlib": "the source code of the Python standard library"}

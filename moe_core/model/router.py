@@ -65,7 +65,7 @@ class Routing:
     experts_TK: Tensor  # int64, the experts picked; no expert twice in a row
     weights_TK: Tensor  # float32, what each expert's output is multiplied by; carries the gradient
     kept_TK: Tensor  # bool, False where the expert was full: a dropped assignment adds nothing
-    balance_loss: Tensor  # float32 0-D, 1 when balanced, E when collapsed
+    balance_loss: Tensor  # float32 0-D, 1 when balanced, E / K when collapsed
     sequence_loss: Tensor  # float32 0-D, the balance loss of each sequence by itself, then their mean
     z_loss: Tensor  # float32 0-D, of the raw logits
     stats: RouterStats

@@ -74,6 +74,8 @@ def test_the_assessment_is_of_the_rows_that_it_names(logged):
     assert numbers(said["Regularisation"]) == pytest.approx([
         aux.mean(), alpha.iloc[-1], 50, (aux / alpha).mean(), 1, 4, late["router/z_mean"].mean(), weighed,
         100 * (aux.mean() + weighed) / late["train/loss"].mean()], rel=5e-3)
+    top_2 = replace(record, config=record.config.replace(top_k=2))
+    assert "1 is balanced and 2 collapsed." in dict(part[:2] for part in assessment(top_2))["Regularisation"]
     count = frame["grad/clipped_cum"]
     recent = (count[240] - count[142]) / 98
     assert numbers(said["Clipping"]) == [count[240], 240, round(100 * count[240] / 240), round(100 * recent), 50]
