@@ -17,9 +17,10 @@ import plotly.graph_objects as go
 from moe_core import commands
 from widgets import charts, figures
 from widgets.charts import Chart, expert_colors
+from widgets.marks import say
 from widgets.record import Record
 from widgets.report_blocks import Block, Document, Heading, Picture, Pictures, Table, Text, code, number
-from widgets.report_files import ReportError, save
+from widgets.report_files import ReportError, checked, save
 from widgets.report_words import WINDOW, recent_clipping
 from widgets.series import POINTS, thin
 
@@ -33,7 +34,7 @@ OVERLAID = (("val/loss", "nats per token", "Validation loss"), ("train/ce", "nat
 INSTEAD = {"val/loss": "val/loss_with_aux"}
 # Means over the last window, in the table.
 MEANS = ("train/ce", "train/loss", "router/entropy_mean", "router/top1_p_mean", "router/max_frac_mean",
-         "router/max_frac_max", "router/active_min", "router/drop_frac_mean", "perf/tok_s")
+         "router/max_frac_max", "router/active_min", "router/drop_frac_mean", "router/no_expert_mean", "perf/tok_s")
 
 
 def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title: str | None = None) -> Path:
@@ -41,6 +42,7 @@ def write(runs: Sequence, out: str | os.PathLike, *, static: bool = False, title
 
     ``static``: pictures in place of interactive charts, in HTML. Raises ReportError, StoreError.
     """
+    out = checked(out)
     if isinstance(runs, str | os.PathLike) or len(runs) < 2:
         raise ReportError(f"runs = {runs!r}: must be two runs or more")
     records = [Record.read(run, told=False) for run in runs]
@@ -63,7 +65,7 @@ def labels(records: Sequence[Record]) -> list[str]:
 
 
 def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[Block]:
-    """Table of how they stand, table of how their configs differ, and the overlaid curves."""
+    """How they stand, the overlaid curves, how their configs differ, and what was turned."""
     drawn = draw(records, names)
     parts: list[Block] = [
         Heading("How they stand", level), standing(records, names),
@@ -73,7 +75,7 @@ def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[
             Picture(key, figure, f"{title} of {', '.join(names)} over steps")
             for (key, figure), title in zip(drawn.items(), _titles(records), strict=True)))]
     return [*parts, *_incomparable(records, names), Heading("How their configs differ", level),
-            *_differences(records, names)]
+            *_differences(records, names), *_turned(records, names, level)]
 
 
 def _incomparable(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
@@ -132,7 +134,8 @@ def overlay(records: Sequence[Record], names: Sequence[str], metric: str, unit: 
             "hovertemplate": f"{said}<br>{shown} %{{y:.4g}}<br>step %{{x:d}}<extra></extra>"})
     chart = Chart(key, f"<b>{title}</b>", tuple(traces), x={"title": charts.STEP}, y={"title": unit},
                   legend=True)
-    return figures.figure(chart, width=520)
+    # All are named, however many they are: in a picture no hovering says whose a line is.
+    return figures.figure(chart, width=520, legend_rows=len(records))
 
 
 def _key(metric: str) -> str:
@@ -170,6 +173,14 @@ def _differences(records: Sequence[Record], names: Sequence[str]) -> list[Block]
     if without:
         said.append(Text(f"Imported from a log, which holds no config: {', '.join(map(code, without))}."))
     return said
+
+
+def _turned(records: Sequence[Record], names: Sequence[str], level: int) -> list[Block]:
+    """What was done to each run's knobs, which no config tells."""
+    rows = tuple((code(name), f"{event['step']:,}", say({**event["payload"], **event}))
+                 for record, name in zip(records, names, strict=True)
+                 for event in record.events if event["kind"] == "knob")
+    return [Heading("What was turned", level), Table(("run", "from step", "turn"), rows, (1,))] if rows else []
 
 
 def _recent(record: Record, metric: str) -> float:

@@ -49,9 +49,9 @@ class Place:
         return self.column + self.columns - 1
 
 
-def figure(chart: Chart, marks: Marks | None = None, width: int = 700) -> go.Figure:
+def figure(chart: Chart, marks: Marks | None = None, width: int = 700, legend_rows: int = ROWS) -> go.Figure:
     """One chart as a figure of its own."""
-    return _figure(*arrange([Place(chart, 0, 0)], marks or Marks(), width))
+    return _figure(*arrange([Place(chart, 0, 0)], marks or Marks(), width, legend_rows))
 
 
 def panel_figure(metrics: pd.DataFrame, experts: pd.DataFrame | Shares | None = None,
@@ -115,13 +115,14 @@ def _flow(sized: Sequence[tuple[Chart, int]], columns: int) -> list[Place]:
     return places
 
 
-def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[list[dict], dict]:
+def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH,
+            legend_rows: int = ROWS) -> tuple[list[dict], dict]:
     """Traces and layout of placed charts. Axis number k is the k-th chart's; all step axes move together."""
     rows, columns = max(p.row + p.rows for p in places), 1 + max(p.last_column for p in places)
     first = [[p.chart for p in places if p.row == row] for row in range(rows)]  # the charts that begin there
     area = [TALL if rows == 1 or any(c.name == "expert_lines" for c in row) else LOW for row in first]
     cell = width / columns
-    legends = {p.row: lines for p in places if (lines := _legend_lines(p.chart, width))}
+    legends = {p.row: lines for p in places if (lines := _legend_lines(p.chart, width, legend_rows))}
     titles = [_fitted(p.chart.title, cell * p.columns - 16) for p in places]
     lines = [max((title.count("<br>") for p, title in zip(places, titles, strict=True) if p.row == row), default=0)
              for row in range(rows)]
@@ -151,16 +152,16 @@ def arrange(places: Sequence[Place], marks: Marks, width: int = WIDTH) -> tuple[
     return traces, layout
 
 
-def _legend_lines(chart: Chart, width: int) -> int:
+def _legend_lines(chart: Chart, width: int, most: int) -> int:
     """On how many lines, as wide as the figure, a chart's legend has room.
 
-    0 for none or too many: then hovering says which line is whose.
+    0 for none or more than ``most``: then hovering says which line is whose.
     """
     names = [trace["name"] for trace in chart.traces if trace["showlegend"]]
     if not chart.legend or not names:
         return 0
     lines = math.ceil(len(names) * (46 + 7 * max(map(len, names))) / max(width - 24, 1))
-    return lines if lines <= ROWS else 0
+    return lines if lines <= most else 0
 
 
 def _fitted(title: str, width: float) -> str:

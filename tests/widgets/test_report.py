@@ -245,21 +245,28 @@ def test_an_inspection_says_what_the_experts_took(tiny_run, tmp_path):
 
 
 def test_several_runs_are_overlaid_and_their_differences_listed(tiny_run, tmp_path):
-    """Two runs with another seed and alpha: those two fields in the table, a line of each on every overlay."""
+    """Two runs with another seed, alpha and turn: in the tables, with a line of each on every overlay, named in its
+    legend however many there are."""
     runs = [tiny_run("one", seed=1), tiny_run("two", seed=2, load_balance_alpha=0.5)]
+    runs[1].knobs["router_temp"].hold(1.3)
     for run in runs:
         run.step(12)
     out = compare.write([runs[0], str(runs[1].path)], tmp_path / "both.html")
     text = out.read_text()
     differences = text[text.index("How their configs differ"):]
-    assert re.findall(r"<tr><td><code>(\w+)</code>", differences) == ["load_balance_alpha", "seed"]
+    fields, _, turned = differences.rpartition("What was turned")
+    assert re.findall(r"<tr><td><code>(\w+)</code>", fields) == ["load_balance_alpha", "seed"]
+    assert re.findall(r"<td.*?>(.*?)</td>", turned) == ["<code>two</code>", "1", "Router temperature: held at 1.3"]
     records = [Record.read(run) for run in runs]
+    assert all(figure.layout.showlegend for figure in compare.draw(records * 15).values())
     for figure in compare.draw(records).values():
         assert [trace.name for trace in figure.data if trace.name] == ["one", "two"]
     line = next(t for t in compare.draw(records)["overlay-train-ce"].data if t.name == "two")
     assert line.y.tolist() == runs[1].metrics()["train/ce"].to_numpy("float32").tolist()
     with pytest.raises(ReportError, match="must be two runs or more"):
         compare.write([runs[0]], tmp_path / "one.html")
+    with pytest.raises(ReportError, match="must end in"):
+        compare.write([runs[0]], runs[1].path)  # a command line that names no file
 
 
 def test_an_imported_log_is_written_up_and_stands_as_a_baseline(tiny_run, tmp_path):
