@@ -8,6 +8,7 @@ from moe_core import Run
 from moe_core.model import RouterControls, Transformer
 from moe_core.model.generate import Decoder, generate, sample, stream
 from moe_core.presets import preset
+from moe_core.token_text import CLASSES
 
 TINY = preset("nano", n_layer=3, d_model=32, n_head=4, expert_width=24, n_experts=4, vocab_size=61, block_size=24,
               router_temp_final=0.8)
@@ -203,6 +204,7 @@ def test_a_text_its_tokens_and_experts_belong_together(tiny_run):
     many = run.generate(["class Thé:", "", "if x"], 5, temperature=0)
     alone = [run.generate(prompt, 5, temperature=0) for prompt in ("class Thé:", "", "if x")]
     assert [text.text for text in many] == [text.text for text in alone]
+    assert CLASSES[many[1].inspection().classes[0]] == "special"  # the mark that a document begins after
 
 
 def test_any_state_of_a_run_can_write(tiny_run):

@@ -95,6 +95,9 @@ def test_plain_transformers_computes_the_same(trained, tmp_path, form, more):
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id == model.config.eos_token_id == 0
     assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
     assert model.config.router_aux_loss_coef == run.config.router.load_balance_alpha
+    assert not any("mtp" in name for name in load_file(folder / hf.OWN))
+    if form != "qwen3_next":  # which has a shared expert whether it is used or not
+        assert f"{model.num_parameters():,} parameters" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form, more", HELD)
@@ -146,6 +149,8 @@ def test_a_folder_of_transformers_goes_in_and_out_to_the_bit(tiny, create, tmp_p
     made.save_pretrained(tmp_path / "in")
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "in")
     config = tiny().replace(**hf.fields(tmp_path / "in"))
+    router = config.router
+    assert (config.model.router_bias, router.router_temp_init, router.router_temp_final) == (False, 1.0, 1.0)
     run = create("run", config, init_from_hf=tmp_path / "in")
     again = load(run.export_hf(tmp_path / "out")).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in made.state_dict().items())
@@ -212,8 +217,12 @@ def test_a_large_model_is_in_several_files(trained, tmp_path, monkeypatch):
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_the_card_says_what_the_store_knows(trained, tmp_path):
-    """Steps, tokens, both losses, the routing's numbers and the run's findings; no path of this machine."""
+def test_the_card_says_what_the_store_knows(trained, tmp_path, monkeypatch):
+    """Steps, tokens, both losses, the routing's numbers and the run's findings at the step that is exported; no path of
+    this machine.
+    """
+    read, asked = hf.card.health.read, []
+    monkeypatch.setattr(hf.card.health, "read", lambda *what: asked.append(what[2]) or read(*what))
     run = trained("qwen3_next", eval_interval=2)
     run.checkpoint("early")
     run.step(8)
@@ -228,6 +237,7 @@ def test_the_card_says_what_the_store_knows(trained, tmp_path):
     assert str(tmp_path) not in card and str(run.config.data.dataset_name) not in card
     early = (run.export_hf(tmp_path / "early", step="early") / "README.md").read_text()
     assert "| steps | 3 |" in early and f"{rows['val/loss'].loc[2]:.4f} (step 2)" in early
+    assert asked[0] == 11 and asked[-1] == 3
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -251,9 +261,14 @@ def test_what_no_form_holds_is_refused_by_name(tiny_run, tmp_path, changes, said
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_folder_that_is_there_stays_as_it_is(trained, tmp_path):
-    """It is refused, whatever it holds."""
+def test_a_folder_that_is_there_stays_as_it_is(trained, tmp_path, monkeypatch):
+    """It is refused, whatever it holds; and of one that a full disk refuses nothing stays."""
     run = trained("qwen3_next")
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(ExportError, match="out: not written: No space left on device"):
+        patch.setattr(hf.card, "card", lambda *about: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run.export_hf(tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=r"out: exists already"):
         run.export_hf(tmp_path / "out")
