@@ -41,7 +41,8 @@ from moe_core.data.corpus import (
     source_files,
 )
 from moe_core.data.pretrained import Pretrained
-from moe_core.data.tokenizer import END_OF_TEXT, MIN_VOCAB, encode, train_tokenizer
+from moe_core.data.tokenise import joined
+from moe_core.data.tokenizer import END_OF_TEXT, MIN_VOCAB, train_tokenizer
 
 FORMAT = 1  # of the cache: raise it when the same text and settings would give other tokens
 PIECE_CHARS = 2048  # a corpus of too few documents to split is cut into pieces of this length
@@ -168,19 +169,23 @@ def _prepare(root: Path, key: str, survey: _Survey, data: DataConfig, vocab_size
 
 def _write_tokens(folder: Path, texts: Iterable[str], val_fraction: float, tokenizer, end: int, dtype):
     """Both token files; returns their lengths in tokens and the digest of the documents written."""
-    mark = np.array([end], dtype)
     digest, counts = hashlib.blake2b(digest_size=16), [0, 0]
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for chunk in _chunks(texts):
-            whole = [pieces(text, ENCODE_CHARS) if len(text) > ENCODE_CHARS else [text] for text in chunk]
-            ids = iter(encode(tokenizer, [part for parts in whole for part in parts], dtype))
-            for text, parts in zip(chunk, whole, strict=True):
+            sides: tuple[list, list] = [], []
+            for text in chunk:
                 digest.update(fingerprint(text))
-                side = is_validation(text, val_fraction)
-                for run in [*(next(ids) for _ in parts), mark]:
-                    (val if side else train).write(run.tobytes())
-                    counts[side] += len(run)
+                sides[is_validation(text, val_fraction)].append(parts_of(text))
+            for side, file in enumerate((train, val)):
+                ids = joined(tokenizer, sides[side], end, dtype)
+                file.write(ids.tobytes())
+                counts[side] += len(ids)
     return *counts, digest.hexdigest()
+
+
+def parts_of(text: str) -> list[str]:
+    """A document as the texts to tokenise one by one: itself, or pieces where its encoding would be too large."""
+    return [text] if len(text) <= ENCODE_CHARS else pieces(text, ENCODE_CHARS)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_core.data.batches import ENCODE_CHARS
-from moe_core.data.corpus import DataError, is_validation, pieces
+from moe_core.data.batches import parts_of
+from moe_core.data.corpus import DataError, is_validation
 from moe_core.data.hub import Documents
 from moe_core.data.prefetch import Ahead
 from moe_core.data.pretrained import Pretrained
@@ -151,11 +151,6 @@ class _Filling:
             self._say(f"{self._documents.title}: read to its end; training goes on from its start, as epoch "
                       f"{epoch + 1}")
             self._said_end = True
-
-
-def parts_of(text: str) -> list[str]:
-    """A document as what is tokenised at once: itself, or pieces where an encoding would fill the memory."""
-    return [text] if len(text) <= ENCODE_CHARS else pieces(text, ENCODE_CHARS)
 
 
 def _place(number: int, epoch: int, cursor: Any, left: np.ndarray) -> dict[str, Any]:

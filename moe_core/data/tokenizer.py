@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 END_OF_TEXT = "<|endoftext|>"  # id 0; follows every document; a text that contains it gets the same id
 MIN_VOCAB = 257  # every byte, and END_OF_TEXT
 
@@ -28,9 +26,3 @@ def train_tokenizer(train_docs: Iterable[str], vocab_size: int):
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tokenizer
-
-
-def encode(tokenizer, texts: list[str], dtype=np.uint16) -> list[np.ndarray]:
-    """One array of token ids for each text, without END_OF_TEXT; the texts are shared out over the cores."""
-    return [np.fromiter(ids := encoding.ids, dtype, len(ids))
-            for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

@@ -120,7 +120,7 @@ def test_unshuffled_windows_are_the_training_documents_joined(stream, texts, pre
     # What is left of an epoch opens the next one.
     rest = tokens[whole * (S + 1) :]
     assert np.array_equal(taken[whole * (S + 1) :][: len(rest)], rest[: len(taken) - whole * (S + 1)])
-    monkeypatch.setattr("moe_core.data.stream.ENCODE_CHARS", 100)
+    monkeypatch.setattr("moe_core.data.batches.ENCODE_CHARS", 100)
     cut = stream(shuffle_buffer=1)
     taken = torch.cat([cut.next() for _ in range(whole // B - 5)]).flatten().numpy()
     said, expected = (pretrained.backend.decode(some, skip_special_tokens=False) for some in (taken, tokens))
