@@ -167,16 +167,22 @@ def _implied(given: dict[str, Any], base: RunConfig, dialect: Dialect | None) ->
     return more
 
 
-def spell(config: RunConfig) -> str:
-    """The ``moe train`` line that makes this config: the preset that it differs least from, then the differences."""
-    now = flat(config)
+def from_preset(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """The preset that a config differs least from, and the fields that differ, with the config's values."""
+    now = config.flat()
     changes = {name: {field: value for field, value in now.items() if value != theirs[field]}
-               for name, theirs in ((name, flat(preset(name))) for name in PRESETS)
+               for name, theirs in ((name, preset(name).flat()) for name in PRESETS)
                if bool(theirs["n_experts"]) == bool(config.model.n_experts)}
     name = min(changes, key=lambda known: len(changes[known]))
+    return name, changes[name]
+
+
+def spell(config: RunConfig) -> str:
+    """The ``moe train`` line that makes this config: the preset that it differs least from, then the differences."""
+    name, changes = from_preset(config)
     if config.opt_list:
-        changes[name]["optimizer"] = config.optim.optimizer  # else it would be the list's first
-    return " ".join(["moe train --preset", name, *(_spelled(*change) for change in changes[name].items())])
+        changes["optimizer"] = config.optim.optimizer  # else it would be the list's first
+    return " ".join(["moe train --preset", name, *(_spelled(*change) for change in changes.items())])
 
 
 def _spelled(field: str, value: Any) -> str:
@@ -189,7 +195,4 @@ def _spelled(field: str, value: Any) -> str:
 
 def flat(config: RunConfig) -> dict[str, Any]:
     """Every field by its own name."""
-    fields = {}
-    for key, value in config.to_dict().items():
-        fields |= value if isinstance(value, dict) else {key: value}
-    return fields
+    return config.flat()

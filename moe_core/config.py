@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -95,9 +94,7 @@ class ModelConfig(Checked):
     @property
     def dense_width(self) -> int:
         """Width of the MLP of a dense block: of every block of a dense model, of the first few of a routed one."""
-        if self.mlp_width:
-            return self.mlp_width
-        return 4 * self.d_model if self.mlp == "gelu" else math.ceil(2.75 * self.d_model / 8) * 8
+        return self.mlp_width or (4 * self.d_model if self.mlp == "gelu" else math.ceil(2.75 * self.d_model / 8) * 8)
 
 
 @documented
@@ -320,6 +317,13 @@ class RunConfig(Checked):
         """Nested plain values, fit for JSON; :meth:`from_dict` is its inverse."""
         return dataclasses.asdict(self)
 
+    def flat(self) -> dict:
+        """Every field by its own name, as :meth:`replace` takes them."""
+        values = {}
+        for name, value in self.to_dict().items():
+            values |= value if name in _PARTS else {name: value}
+        return values
+
     @classmethod
     def from_command(cls, command: str | Sequence[str]) -> RunConfig:
         """The config that a command line of a legacy training script means (see ``moe_core.commands``).
@@ -339,8 +343,7 @@ class RunConfig(Checked):
         return cls().replace(**flat)
 
 
-_PARTS = {f.name: typing.get_type_hints(RunConfig)[f.name] for f in fields(RunConfig)
-          if isinstance(f.default, Checked)}
+_PARTS = {f.name: type(f.default) for f in fields(RunConfig) if isinstance(f.default, Checked)}
 _HOME = {f.name: part for part, cls in _PARTS.items() for f in fields(cls)}
 _HOME |= {f.name: "" for f in fields(RunConfig) if f.name not in _PARTS}
 ALIASES = {"max_steps": "max_iters"}

@@ -162,7 +162,7 @@ def comparable(model: ModelConfig) -> dict:
 
 def computes_otherwise(there: RunConfig, here: RunConfig) -> dict[str, tuple]:
     """Fields that change what the same weights compute, each with (here, there)."""
-    now, was = ({**c.to_dict()["model"], **c.to_dict()["router"]} for c in (here, there))
+    now, was = here.flat(), there.flat()
     names = ["norm_eps", *["qk_norm_eps"] * here.model.qk_norm, *["rope_theta"] * here.model.use_rope,
              *["routing", "top_k", "router_scores", "norm_topk_prob"] * bool(here.model.n_experts)]
     return {name: (now[name], was[name]) for name in names if now[name] != was[name]}

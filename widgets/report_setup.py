@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 
 from moe_core import commands, origin
@@ -34,8 +33,8 @@ def setup(record: Record) -> list[Block]:
     if not record.made:
         rows.append(("versions, hardware", "not recorded by this run"))
     parts += [Code(_wrapped(commands.spell(config)), "bash"), Table(("", ""), tuple(rows))]
-    name, changes = _from_preset(config)
-    theirs = commands.flat(preset(name))
+    name, changes = commands.from_preset(config)
+    theirs = preset(name).flat()
     changed = tuple((f"`{key}`", code(theirs[key]), code(value)) for key, value in changes.items())
     if not changed:
         return [*parts, Text(f"The config is the preset `{name}` itself.")]
@@ -70,13 +69,6 @@ def _training(config: RunConfig, last: int) -> list[tuple[str, str]]:
             ("optimizer", f"`{o.optimizer}`, learning rate {o.learning_rate:g} to {o.min_lr:g}, "
                           f"{o.warmup_iters:,} steps of warmup, decay until step {o.lr_decay_iters:,}, "
                           f"gradient clip {o.grad_clip:g}")]
-
-
-def _from_preset(config: RunConfig) -> tuple[str, dict]:
-    """(the preset that the command names, the fields that differ from it)."""
-    name = shlex.split(commands.spell(config))[3]
-    theirs = commands.flat(preset(name))
-    return name, {key: value for key, value in commands.flat(config).items() if value != theirs[key]}
 
 
 def _wrapped(command: str) -> str:
@@ -118,7 +110,7 @@ def reproduce(record: Record) -> list[Block]:
 
 
 def _config_in_python(config: RunConfig) -> str:
-    name, changes = _from_preset(config)
+    name, changes = commands.from_preset(config)
     given = [repr(name), *(f"{key}={value!r}" for key, value in changes.items())]
     return _filled("cfg = mc.preset(", [f"{one}," for one in given[:-1]] + [f"{given[-1]})"], "", " " * 16)
 
@@ -148,7 +140,7 @@ def script(record: Record) -> str:
     else:  # the config alone leads there neither from fresh weights nor from its first step
         done = int(parent["step"])
         given = "".join(f", {key}={value!r}" for key, value in (parent.get("changes") or {}).items()
-                        if key in commands.flat(record.config))  # a stranger's run may say anything
+                        if key in record.config.flat())  # a stranger's run may say anything
         lines += [f"parent = mc.Run.open({str(parent['path'])!r})",
                   f'run = parent.fork(mc.free_path("runs/again"), step={done}{given})']
     for event in record.events:

@@ -103,8 +103,7 @@ def fields(folder: str | os.PathLike) -> dict:
         found = forms.fields_of(theirs)
         about = _about(Path(folder))
         if about is not None:  # the same, said as the run said it
-            own = RunConfig.from_dict(about["config"])
-            said = own.to_dict()["model"] | own.to_dict()["router"]
+            said = RunConfig.from_dict(about["config"]).flat()
             found |= {name: said[name] for name in ("n_kv_heads", "qk_norm_eps", "router_bias", "n_shared_experts")}
             return found
     return found | {"router_bias": False, "router_temp_init": 1.0, "router_temp_final": 1.0}

@@ -44,10 +44,10 @@ def planned(models: RunConfig | Mapping[str, RunConfig], optimizers: Sequence[st
     for label, other in others:
         if one.data != other.data:
             raise ConfigError(f"{label}: its data are not those of {first}; all entries must see the same batches")
-        flat, wanted = ({**c.to_dict(), **c.to_dict()["model"], **c.to_dict()["optim"]} for c in (other, one))
+        values, wanted = other.flat(), one.flat()
         for name in SHARED:
-            if flat[name] != wanted[name]:
-                raise ConfigError(f"{name} = {flat[name]!r} of {label}: must be {wanted[name]!r} as in {first}; "
+            if values[name] != wanted[name]:
+                raise ConfigError(f"{name} = {values[name]!r} of {label}: must be {wanted[name]!r} as in {first}; "
                                   "all entries must see the same batches")
     return entries
 
