@@ -159,11 +159,11 @@ class Face:
         """
         return probe.inspect(self._probed, texts, step)
 
-    def saturation(self, steps: Iterable[int | str] | None = None, texts=None):
+    def saturation(self, steps: int | str | Iterable[int | str] | None = None, texts=None):
         """How much of the routing now was there at earlier steps already, on one probe. DataFrame: step, layer, then
         saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
 
-        ``steps``: as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
+        ``steps``: one or several, as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
         """
         return probe.saturation(self._probed, steps, texts)
 

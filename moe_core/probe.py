@@ -68,13 +68,13 @@ def inspect(run, texts=None, step: int | str | None = None) -> Inspection:
     return _read(run.config, weights_of(run, step), probe, _source(run).text)
 
 
-def saturation(run, steps: Iterable[int | str] | None = None, texts=None):
+def saturation(run, steps: int | str | Iterable[int | str] | None = None, texts=None):
     """See ``Run.saturation``, which is this; ``run`` may also be a :class:`Saved`. Raises ValueError."""
     import pandas as pd
 
     probe, source = _probe(run, texts), _source(run)
     now = _read(run.config, weights_of(run, None), probe, source.text)
-    frames = []
+    frames, steps = [], [steps] if isinstance(steps, str | int | np.integer) else steps
     for step in sorted({0, *_kept(run)} - {now.step}) if steps is None else steps:
         then = _read(run.config, weights_of(run, step), probe, source.text)
         frames.append(now.changed_since(then).reset_index().assign(step=then.step, compared_with=now.step))

@@ -119,8 +119,10 @@ class Session:
             self._launch("moving", lambda: (go(), self._rest("idle")))
 
     def _refuse_closed(self) -> None:
-        if self._closed:
+        if self._closed and self._run.session is not self:
             raise RuntimeError("this session is closed; use run.session, the one that took its place")
+        if self._closed:
+            raise RuntimeError(f"{self._run.path}: is closed; mc.Run.open comes back to it")
 
     def _launch(self, state: str, work: Callable[[], None]) -> None:
         self._error, self._state = None, state

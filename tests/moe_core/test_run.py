@@ -220,7 +220,7 @@ def test_a_closing_session_takes_no_more_steps(tiny_run):
     run = tiny_run()
     run.session.start(10_000)
     run.session._closed = True  # what close() does first
-    with pytest.raises(RuntimeError, match="this session is closed"):
+    with pytest.raises(RuntimeError, match=r"is closed; mc\.Run\.open comes back"):
         run.session.start(10_000)
     run.session.close()
     assert run.session.state == "paused" and run.session.progress().chunk_total == 10_000
