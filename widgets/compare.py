@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from moe_core import commands
 from widgets import charts, figures
 from widgets.charts import Chart, expert_colors
 from widgets.marks import say
@@ -73,7 +72,7 @@ def blocks(records: Sequence[Record], names: Sequence[str], level: int) -> list[
     if drawn:
         parts += [Heading("Overlaid", level), Pictures(tuple(
             Picture(key, figure, f"{title} of {', '.join(names)} over steps")
-            for (key, figure), title in zip(drawn.items(), _titles(records), strict=True)))]
+            for (key, figure), (_, _, title) in zip(drawn.items(), _overlaid(records), strict=True)))]
     return [*parts, *_incomparable(records, names), Heading("How their configs differ", level),
             *_differences(records, names), *_turned(records, names, level)]
 
@@ -143,10 +142,6 @@ def _key(metric: str) -> str:
     return f"overlay-{metric.replace('/', '-')}"
 
 
-def _titles(records: Sequence[Record]) -> list[str]:
-    return [title for _, _, title in _overlaid(records)]
-
-
 def _overlaid(records: Sequence[Record]) -> list[tuple[str, str, str]]:
     """Those of ``OVERLAID`` that two runs or more have; the train loss only where not all know its cross-entropy."""
     def known(metric: str) -> int:
@@ -161,7 +156,7 @@ def _shown(record: Record, metric: str) -> str:
 
 
 def _differences(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
-    known = [(name, commands.flat(record.config)) for record, name in zip(records, names, strict=True)
+    known = [(name, record.config.flat()) for record, name in zip(records, names, strict=True)
              if record.config is not None]
     without = [name for record, name in zip(records, names, strict=True) if record.config is None]
     said: list[Block] = []

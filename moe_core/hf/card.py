@@ -103,9 +103,8 @@ def _changes(config: RunConfig, temp: float) -> list[str]:
 
 
 def _named(config: RunConfig, names: tuple[str, ...]) -> list[tuple[str, object]]:
-    flat = config.to_dict()
-    flat = {**flat, **flat["model"], **flat["router"], **flat["optim"]}
-    return [(name, flat[name]) for name in names]
+    values = config.flat()
+    return [(name, values[name]) for name in names]
 
 
 def _newest(rows, name: str, step: int) -> tuple[int, float] | None:
