@@ -205,6 +205,9 @@ def test_a_text_its_tokens_and_experts_belong_together(tiny_run):
     alone = [run.generate(prompt, 5, temperature=0) for prompt in ("class Thé:", "", "if x")]
     assert [text.text for text in many] == [text.text for text in alone]
     assert CLASSES[many[1].inspection().classes[0]] == "special"  # the mark that a document begins after
+    assert "endoftext" not in many[1].text
+    run._trainer.model.embed.weight.data.zero_()  # every token is as likely, and the first of them ends a text
+    assert run.generate("if x", 5, temperature=0).token_ids[many[2].n_prompt :].tolist() == [0]
 
 
 def test_any_state_of_a_run_can_write(tiny_run):

@@ -137,7 +137,8 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
     early = run.inspect(TEXT)
     run.step(1)
     late, start = run.inspect(TEXT), run.inspect(TEXT, step=0)
-    assert run.saturation("two", TEXT)["saturation"].tolist() == two["saturation"].tolist()
+    zero, two = (late.changed_since(then)["saturation"].tolist() for then in (start, early))
+    assert run.saturation("two", TEXT)["saturation"].tolist() == two
     path = run.path
     run.close()
     run = type(run).open(path)
@@ -145,9 +146,9 @@ def test_a_run_that_was_only_opened_shows_its_saved_states(tiny_run, tmp_path):
         for want, got in ((early, run.inspect(TEXT, "two")), (early, run.inspect(TEXT, 2)), (late, run.inspect(TEXT)),
                           (start, run.inspect(TEXT, 0))):
             assert want.step == got.step and np.array_equal(want.weights, got.weights)
-        table, (zero, two) = run.saturation(texts=TEXT), (late.changed_since(then) for then in (start, early))
+        table = run.saturation(texts=TEXT)
         assert table["step"].tolist() == [0, 0, 2, 2] and set(table["compared_with"]) == {3}
-        assert table["saturation"].tolist() == [*zero["saturation"], *two["saturation"]]
+        assert table["saturation"].tolist() == zero + two
         with pytest.raises(ValueError, match="step = 1: no saved state at this step; available: 0, 2, 3"):
             run.inspect(TEXT, 1)
         with pytest.raises(ValueError, match="step = 'three': no checkpoint of that name; available: 'two'"):
