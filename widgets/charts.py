@@ -95,7 +95,7 @@ def expert_lines(experts: pd.DataFrame | Shares, layer: int | None = None, limit
                 legendgroup=f"expert-{expert}", showlegend=kind == "served",
                 visible=dropped or kind == "served"))
     keys = ("━ served", "┅ demand") if dropped else ("━ served = demand",)
-    title = _titled(f"Share of each expert, {_selection(layer)}", *keys, "╌ fair share")
+    title = titled(f"Share of each expert, {_selection(layer)}", *keys, "╌ fair share")
     return Chart("expert_lines", title, tuple(traces), x={"title": STEP}, y=_share_axis(shares.n_experts),
                  rules=_fair(shares.n_experts), legend=True,
                  bands=_share_band("router/frac_srv_e0", shares.n_experts, top_k, shares.demand_nE))
@@ -112,7 +112,7 @@ def utilisation(experts: pd.DataFrame | Shares, layer: int | None = None) -> Cha
             "y": values_nE[-1] if len(values_nE) else nothing,
             "marker": {"color": expert_colors(shares.n_experts), "opacity": opacity, "line": {"width": 0}},
             "hovertemplate": f"expert %{{x:d}} {kind} %{{y:{_percent(shares.n_experts, 1)}}}<extra></extra>"})
-    return Chart("utilisation", _titled(f"Utilisation {_at(shares)}, {_selection(layer)}"), tuple(traces),
+    return Chart("utilisation", titled(f"Utilisation {_at(shares)}, {_selection(layer)}"), tuple(traces),
                  over_steps=False, rules=_fair(shares.n_experts),
                  # Behind the last bar there is room for the words of the fair share.
                  x=_expert_axis(shares.n_experts, "expert (full bar: served, pale bar: demand)") | {
@@ -150,7 +150,7 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
         "hovertemplate": (f"layer %{{y}}, expert %{{x}}<br>served %{{customdata[1]:{hover}}}, "
                           f"demand %{{customdata[0]:{hover}}}<extra></extra>")}
     title = f"Served share by layer {_at(shares)}" + (", in %" if named and not percent else "")
-    return Chart("layer_heatmap", _titled(title), (trace,), over_steps=False,
+    return Chart("layer_heatmap", titled(title), (trace,), over_steps=False,
                  x=_expert_axis(n_experts, "expert"),
                  y={"title": "layer", "dtick": -(-n_layer // 16), "autorange": "reversed", "fixedrange": True,
                     "showgrid": False})
@@ -158,26 +158,26 @@ def layer_heatmap(experts: pd.DataFrame | Shares) -> Chart:
 
 def loss(metrics: pd.DataFrame, limit: int = POINTS, others: Others = None) -> Chart:
     """What is minimised, its cross-entropy part, and the validation cross-entropy, in nats a token."""
-    steps, keys = metrics.index, [_key(BLUE, "train")]
+    steps, keys = metrics.index, [key(BLUE, "train")]
     traces = [*_grey("train-loss", others, "train/loss", "train loss %{y:.4f}"),
               *_grey("val-loss", others, "val/loss", "validation %{y:.4f}", dash="dash")]
     traces += [_line("train-loss", steps, _column(metrics, "train/loss"), BLUE, limit, "train loss %{y:.4f}")]
     if "router/aux_mean" in metrics:  # without a router the two are one line
-        keys.append(_key(BLUE, "its cross-entropy", "┅"))
+        keys.append(key(BLUE, "its cross-entropy", "┅"))
         traces.append(_line("train-ce", steps, _column(metrics, "train/ce"), BLUE, limit,
                             "train cross-entropy %{y:.4f}", dash="dot", width=1))
     if "train/mtp" in metrics:
-        keys.append(_key(MAGENTA, "tokens further on"))
+        keys.append(key(MAGENTA, "tokens further on"))
         traces.append(_line("train-mtp", steps, _column(metrics, "train/mtp"), MAGENTA, limit,
                             "tokens further on %{y:.4f}", width=1))
     val = _column(metrics, "val/loss")
     seen = ~np.isnan(val)
     traces.append(_line("val-loss", steps[seen], val[seen], ORANGE, limit, "validation %{y:.4f}",
                         mode="lines+markers" if seen.sum() <= 60 else "lines", marker={"size": 4}))
-    keys.append(_key(ORANGE, "validation"))
+    keys.append(key(ORANGE, "validation"))
     if others:
-        keys.append(_key(GREYED, "others"))
-    return Chart("loss", _titled("Loss", *keys), tuple(traces),
+        keys.append(key(GREYED, "others"))
+    return Chart("loss", titled("Loss", *keys), tuple(traces),
                  x={"title": STEP}, y={"title": "nats per token"})
 
 
@@ -191,7 +191,7 @@ def confidence(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, 
         bands = (Band(*healthy_band(of_entropy, n_experts, top_k), "healthy entropy", BLUE),
                  Band(*healthy_band(of_top1, n_experts, top_k), "healthy probability", ORANGE, right=True))
     return Chart(
-        "confidence", _titled(_named("Router", layer), _key(BLUE, "entropy"), _key(ORANGE, "top-1 probability")), (
+        "confidence", titled(_named("Router", layer), key(BLUE, "entropy"), key(ORANGE, "top-1 probability")), (
             *_grey("entropy", others, of_entropy, "entropy %{y:.3f} nats"),
             _line("entropy", metrics.index, _column(metrics, of_entropy), BLUE, limit, "entropy %{y:.3f} nats"),
             _line("top1-p", metrics.index, _column(metrics, of_top1), ORANGE, limit, "top-1 probability %{y:.3f}",
@@ -223,7 +223,7 @@ def concentration(metrics: pd.DataFrame, n_experts: int, layer: int | None = Non
             keys[uid] = f"{words} ({'┅░'[name == largest]} ≤ {most:.0%})"
             rules += () if name == largest else ((most if most < top else None, "", color),)
     return Chart("concentration",
-                 _titled(_named("Load", layer), *(_key(color, keys[uid]) for uid, _, color, _ in lines)), (
+                 titled(_named("Load", layer), *(key(color, keys[uid]) for uid, _, color, _ in lines)), (
                      *_grey("max-frac", others, largest, f"largest demand {hover}"), *drawn), x={"title": STEP},
                  y=_share_axis(n_experts), rules=rules, bands=bands)
 
@@ -233,7 +233,7 @@ def clipping(metrics: pd.DataFrame, limit: int = POINTS) -> Chart:
     steps, norm = metrics.index, _column(metrics, "grad/norm")
     ratio = _column(metrics, "grad/clipped_cum") / np.maximum(np.asarray(steps, np.float64), 1)
     return Chart(
-        "clipping", _titled("Gradient", _key(GREY, "norm"), _key(BLUE, "clip ratio")), (
+        "clipping", titled("Gradient", key(GREY, "norm"), key(BLUE, "clip ratio")), (
             _line("grad-norm", steps, norm, GREY, limit, "gradient norm %{y:.3g}", width=1),
             _line("clip-ratio", steps, ratio, BLUE, limit, "%{y:.1%} of the steps so far clipped",
                   yaxis="right")),
@@ -257,7 +257,7 @@ def biases(metrics: pd.DataFrame, n_experts: int, layer: int | None = None, limi
         mean = metrics[own].mean(axis=1).to_numpy(np.float32)
         lines.append(_line(f"bias-{expert}", metrics.index, mean, color, limit, f"expert {expert} bias %{{y:.4f}}",
                            legendgroup=f"expert-{expert}"))
-    return Chart("biases", _titled(f"Balance bias of each expert, {_selection(layer)}"), tuple(lines),
+    return Chart("biases", titled(f"Balance bias of each expert, {_selection(layer)}"), tuple(lines),
                  x={"title": STEP}, y={"title": "added to the logit", "rangemode": "normal"}, rules=((0.0, ""),))
 
 
@@ -338,10 +338,11 @@ def _fair(n_experts: int) -> tuple[tuple[float, str], ...]:
     return ((1 / n_experts, f"1/{n_experts}"),)
 
 
-def _key(color: str, words: str, sign: str = "━") -> str:
+def key(color: str, words: str, sign: str = "━") -> str:
+    """What a line's color means, for :func:`titled`."""
     return f"<span style='color:{color}'>{sign} {words}</span>"
 
 
-def _titled(words: str, *keys: str) -> str:
+def titled(words: str, *keys: str) -> str:
     """A title with the key to the chart's lines behind it: no legend to lay out, nothing to overlap."""
     return GAP.join([f"<b>{words}</b>", *keys])

@@ -15,7 +15,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from widgets import charts, figures
-from widgets.charts import Chart, expert_colors
+from widgets.charts import Chart
+from widgets.colors import expert_colors
 from widgets.marks import say
 from widgets.record import Record
 from widgets.report_blocks import Block, Document, Heading, Picture, Pictures, Table, Text, code, number

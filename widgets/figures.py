@@ -79,7 +79,7 @@ def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, laye
 
     ``window``: first and last step that the step axes show; lines are thinned to ``limit`` points inside it.
     """
-    columns = 3 if width >= WIDE else 2 if width >= MEDIUM else 1
+    columns = columns_in(width)
     metrics = metrics.iloc[within(metrics.index.to_numpy(), window)]
     if others:
         others = {name: rows.iloc[within(rows.index.to_numpy(), window)] for name, rows in others.items()}
@@ -102,6 +102,11 @@ def panel_parts(metrics: pd.DataFrame, shares: Shares | None, marks: Marks, laye
               Place(router, 1, 1), Place(load, 2, 0), Place(clip, 2, 1),
               *(Place(chart, 3, 0, columns=2) for chart in balanced)]
     return arrange(places, marks, width)
+
+
+def columns_in(width: int) -> int:
+    """Columns of charts on so many pixels."""
+    return 3 if width >= WIDE else 2 if width >= MEDIUM else 1
 
 
 def _flow(sized: Sequence[tuple[Chart, int]], columns: int) -> list[Place]:

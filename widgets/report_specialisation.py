@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
 from moe_core.inspect import Inspection
@@ -18,12 +17,11 @@ PAIRS = 3  # pairs of successive layers that are drawn, evenly spread
 def blocks(inspection: Inspection) -> list[Block]:
     """Mutual information layer by layer, each expert's most typical tokens, and which experts follow which."""
     information = inspection.mutual_information()
-    last = inspection.n_layer - 1
-    pairs = sorted({round(at) for at in np.linspace(0, last - 1, min(last, PAIRS))}) if last else []
     drawn = [Picture("information", figure(specialisation.information(inspection), width=NARROW),
                      "What a token's expert says of the token, layer by layer", again=False)]
     drawn += [Picture(f"coactivation-{layer}", figure(specialisation.coactivation(inspection, layer), width=NARROW),
-                      f"Experts of layer {layer} against those of layer {layer + 1}", again=False) for layer in pairs]
+                      f"Experts of layer {layer} against those of layer {layer + 1}", again=False)
+              for layer in specialisation.pairs(inspection, PAIRS)]
     layer = _most_telling(information)
     rows = []
     for expert in range(inspection.n_experts):

@@ -22,7 +22,8 @@ import plotly.graph_objects as go
 
 from moe_core.shootout import Shootout
 from moe_core.shootout.table import TAIL, Line
-from widgets.charts import STEP, Chart, expert_colors
+from widgets.charts import STEP, Chart
+from widgets.colors import expert_colors
 from widgets.figures import MEDIUM, WIDTH, Place, arrange
 from widgets.marks import Marks
 from widgets.panel_widget import PanelFigure

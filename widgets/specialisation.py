@@ -20,8 +20,9 @@ from plotly.colors import sample_colorscale
 from traitlets import Int, Unicode
 
 from moe_core.inspect import Inspection
-from widgets.charts import BLUE, CROWDED, FAIR, GREY, ORANGE, STARVED, STEP, Chart
-from widgets.figures import MEDIUM, WIDE, WIDTH, Place, arrange
+from widgets.charts import STEP, Chart, key, titled
+from widgets.colors import BLUE, CROWDED, FAIR, GREY, ORANGE, STARVED
+from widgets.figures import WIDTH, Place, arrange, columns_in
 from widgets.marks import Marks
 from widgets.token_html import TOKENS, section_html
 
@@ -52,10 +53,9 @@ def information(inspection: Inspection) -> Chart:
             "hovertemplate": f"layer %{{x:d}}, {about}<br>%{{y:.1%}} of the maximum<br>"
                              "%{customdata[0]:.3f} nats above %{customdata[1]:.3f} by chance (± %{customdata[2]:.3f})"
                              "<extra></extra>"})
-    keys = [f"<span style='color:{COLOR_OF[about]}'>■ {about}</span>" for about in table["about"].unique()]
+    keys = [key(COLOR_OF[about], about, "■") for about in table["about"].unique()]
     top = max(0.1, 1.25 * float(np.nan_to_num(table["normalised"]).max()))
-    return Chart("information", "   ".join(["<b>Mutual information</b>", *keys]), tuple(traces),
-                 over_steps=False,
+    return Chart("information", titled("Mutual information", *keys), tuple(traces), over_steps=False,
                  x={"title": "layer", "dtick": -(-inspection.n_layer // 16), "fixedrange": True, "showgrid": False},
                  y={"title": "share of the maximum", "tickformat": ".0%", "fixedrange": True,
                     "range": [min(0.0, 1.25 * float(np.nan_to_num(table["normalised"]).min())), min(top, 1.08)]})
@@ -83,21 +83,25 @@ def coactivation(inspection: Inspection, layer: int) -> Chart:
         "hovertemplate": f"expert %{{y}} in layer {layer}, %{{x}} in layer {layer + 1}<br>%{{customdata:,d}} pairs, "
                          "%{text} times what independence gives<extra></extra>"}
     axis = {"fixedrange": True, "showgrid": False}
-    return Chart("coactivation", f"<b>Experts, layer {layer} → {layer + 1}</b>", (trace,),
-                 over_steps=False, x={"title": f"expert in layer {layer + 1}", "dtick": -(-n // 16), **axis},
+    return Chart("coactivation", titled(f"Experts, layer {layer} → {layer + 1}"), (trace,), over_steps=False,
+                 x={"title": f"expert in layer {layer + 1}", "dtick": -(-n // 16), **axis},
                  y={"title": f"expert in layer {layer}", "dtick": -(-n // 8), "autorange": "reversed",
                     **axis})
+
+
+def pairs(inspection: Inspection, most: int) -> list[int]:
+    """Layers with a layer of experts after them, at most so many, evenly spread."""
+    last = inspection.n_layer - 1
+    return sorted({round(at) for at in np.linspace(0, last - 1, min(last, most))}) if last else []
 
 
 def overview(inspection: Inspection, width: int = WIDTH, since: pd.DataFrame | None = None) -> go.Figure:
     """Mutual information; with ``since`` (``run.saturation()``) how much of the routing stayed; and which expert
     follows which for every two layers, at most eleven pairs, evenly spread.
     """
-    last = inspection.n_layer - 1
-    pairs = sorted({round(at) for at in np.linspace(0, last - 1, min(last, PAIRS))}) if last else []
     charts = [information(inspection), *([] if since is None else [saturation(since)]),
-              *(coactivation(inspection, layer) for layer in pairs)]
-    columns = min(3 if width >= WIDE else 2 if width >= MEDIUM else 1, len(charts))
+              *(coactivation(inspection, layer) for layer in pairs(inspection, PAIRS))]
+    columns = min(columns_in(width), len(charts))
     traces, layout = arrange([Place(chart, at // columns, at % columns) for at, chart in enumerate(charts)], Marks(),
                              width)
     return go.Figure(traces, layout | {"template": "none"})
@@ -116,11 +120,10 @@ def saturation(frame: pd.DataFrame) -> Chart:
             "y": np.append(rows["saturation"], 1.0).astype(np.float32), "line": {"color": color, "width": 1.5},
             "marker": {"size": 5}, "hovertemplate": f"layer {layer}: %{{y:.1%}} as at the end<br>step %{{x:d}}"
                                                     "<extra></extra>"})
-    keys = [f"<span style='color:{color}'>━ {layer}</span>"
-            for layer, color in zip(layers, colors, strict=False)] if len(layers) <= 16 else []
+    keys = [key(color, layer) for layer, color in zip(layers, colors, strict=False)] if len(layers) <= 16 else []
     chance = float(frame["chance"].mean()) if len(frame) else np.nan
-    return Chart("saturation", "   ".join(["<b>Router saturation</b>", *(["layer"] * bool(keys)),
-                                           *keys]), tuple(traces), x={"title": STEP},
+    return Chart("saturation", titled("Router saturation", *["layer"] * bool(keys), *keys), tuple(traces),
+                 x={"title": STEP},
                  y={"title": "picks already as at the end", "tickformat": ".0%", "range": [0, 1.05]},
                  rules=((chance, "by chance"),) if np.isfinite(chance) else ())
 

@@ -15,7 +15,7 @@ import uuid
 
 from moe_core.inspect import Inspection
 from moe_core.token_text import CLASSES, shown
-from widgets.charts import expert_colors
+from widgets.colors import expert_colors
 
 TOKENS = 1500  # of the probe, from its start
 PICKS = 30_000  # tokens * L * K at most, each some 45 bytes of page
