@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from moe_core import health
-from moe_core.health import RULES, Rule, spike
+from moe_core.health import RULES, Reading, Rule, spike
+from moe_core.rules import move
 from widgets import report_contents
 from widgets.findings import LASTS, Findings
 from widgets.notes import Log
@@ -123,6 +124,61 @@ def test_findings_come_and_go_in_the_log_once_each(panel, rules):
     assert told(run)[2:] == [(4 + LASTS, "gone", "alarm", "high loss")]
     assert "<b>is" not in str(findings.view.rows) + findings.view.summary
     assert "&lt;b&gt;is&lt;/b&gt;" in findings.view.rows[0]["says"]
+
+
+def test_a_row_says_the_worst_where_else_it_is_and_what_each_button_turns_until_it_has_gone(panel, rules):
+    """An alarm of layer 1 beside a watch of both: eased when it stayed away, past, then gone; what it says is text."""
+    run, findings, _ = panel(router_temp_init=1.3, router_temp_final=1.3)
+    run.step(3)
+    seen = {("alarm", 1): 0.75, ("watch", None): 0.5, ("watch", 0): 0.5}
+
+    def rule(name, level, turn):
+        def test(view):
+            value = seen.get((level, view.layer)) if name == "<r>" else seen.get(name)
+            return None if value is None else Reading("sustained", value, 2, 3, None, 0.4)
+        return Rule(name, "router/max_frac_mean", level, test, "takes <{value}>", (turn,), "once <calm>")
+
+    def of_r():
+        return [(state, level) for _, state, level, rule in told(run) if rule == "<r>"]
+    temp = move("router_temp", 0.3)
+    rules(rule("<r>", "alarm", temp), rule("<r>", "watch", temp), rule("mine", "watch", move("grad_clip", 1.0)),
+          rule("fine", "ok", temp))
+    seen |= {"mine": 0.6, "fine": 0.1}
+    findings.look(3, busy=False)
+    first, second = findings.view.rows
+    assert (first["rule"], first["level"], second["rule"], second["level"]) == ("<r>", "alarm", "mine", "watch")
+    assert first["says"] == (
+        "<b>alarm</b> layer 1: takes &lt;0.75&gt;<small>router/max_frac_mean/layer_1 · steps 2 to 3 · also all layers "
+        "(0.5)</small><small>Undo: once &lt;calm&gt;.</small>")
+    now = run.metrics(per_layer=True)["router/max_frac_mean/layer_1"].iloc[-1]
+    assert f'aria-label="router/max_frac_mean/layer_1, now {now:.3g}, healthy to 0.7"' in first["line"]
+    key = "router_temp 1.30 -&gt; 1.60"
+    assert first["levers"] == (f'<button data-lever="&lt;r&gt;|1|{key}" title="hold {key}">'
+                               "<b>Apply</b> Router temperature 1.30 → 1.60</button>")
+    assert findings.view.summary == (
+        '<span class="moe-alarm"><b>1 alarm</b></span><span class="moe-watch"><b>1 to watch</b></span>'
+        "<i>takes &lt;0.1&gt;</i> ")
+    event = run.events().iloc[-1]
+    assert event[["metric", "value", "first", "last"]].tolist() == ["router/max_frac_mean/layer_1", 0.75, 2, 3]
+    press(findings, "<r>", "router_temp")
+    assert [name for name, knob in run.knobs.items() if knob.mode == "hold"] == ["router_temp"]
+    findings.look(3, busy=False)
+    assert findings.view.rows[0]["levers"].endswith("after step 54\">✓ Router temperature, from step 4</button>")
+    for step, offered in ((53, False), (54, True)):
+        findings.look(step, busy=False)
+        assert ("data-lever" in findings.view.rows[0]["levers"]) == offered
+    del seen["alarm", 1]
+    for step, news in ((54 + LASTS - 1, []), (54 + LASTS, [("here", "watch")])):
+        findings.look(step, busy=False)
+        assert findings.view.rows[0]["level"] == "watch" and of_r()[1:] == news
+    for name in (("watch", None), ("watch", 0), "mine"):
+        del seen[name]
+    findings.look(60 + LASTS, busy=False)
+    assert [(row["rule"], row["past"], row["levers"]) for row in findings.view.rows] == [
+        ("<r>", True, ""), ("mine", True, "")]
+    assert "watch" not in findings.view.summary
+    findings.look(60 + 2 * LASTS, busy=False)
+    assert findings.view.rows == [] and of_r()[2:] == [("gone", "watch")]
 
 
 def test_a_run_that_is_opened_again_or_goes_back_does_not_repeat_what_is_written(panel, rules):
