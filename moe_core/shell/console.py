@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping
 from typing import TextIO
 
@@ -59,8 +58,8 @@ class Console:
     def __init__(self, store: RunStore, config: RunConfig, branch: str, step: int, total: int):
         """``branch``, ``step``: where the run is; ``total``: the step that it is trained to."""
         self._store, self._config, self._total = store, config, total
-        self._step, self._name, self._branch = step, branch, store.branch_id(branch)
-        self._shown = time.time()  # of the newest row that was shown; none that is older is shown
+        self._name, self._branch = branch, store.branch_id(branch)
+        self._shown = {b.id: store.last_step(b.id) for b in store.branches()}  # the last step of each that was shown
         self._since: list[float] = []  # tokens a second of each step since the last line
         self._bar = _bar(step, total)
 
@@ -71,15 +70,14 @@ class Console:
         """Show what was written since the last look. ``branch``: the run's current one."""
         if branch != self._name:
             self.say(f"now on branch {branch!r}")
-            self._step, self._since, self._name, self._branch = 0, [], branch, self._store.branch_id(branch)
-        rows = self._store.read_steps(self._branch, self._step, shares=False)
-        for step, when, values in zip(rows.steps.tolist(), rows.time.tolist(), rows.values.astype(float), strict=True):
-            self._step = step
-            if when > self._shown:
-                self._shown = when
-                self._show(step, dict(zip(rows.names, values.tolist(), strict=True)))
-        if self._bar is not None and self._bar.n != self._step:
-            self._bar.n = self._step
+            self._since, self._name, self._branch = [], branch, self._store.branch_id(branch)
+            self._shown |= {b.id: b.fork_step for b in self._store.branches() if b.id not in self._shown}
+        rows = self._store.read_steps(self._branch, self._shown[self._branch], shares=False)
+        for step, values in zip(rows.steps.tolist(), rows.values.astype(float), strict=True):
+            self._shown[self._branch] = step
+            self._show(step, dict(zip(rows.names, values.tolist(), strict=True)))
+        if self._bar is not None and self._bar.n != self._shown[self._branch]:
+            self._bar.n = self._shown[self._branch]
             self._bar.refresh()
 
     def _show(self, step: int, row: Mapping[str, float]) -> None:

@@ -156,7 +156,7 @@ def drive(run: Run, total: int, steps: int | None = None) -> int:
     another process paused the run, this waits until one of them goes on. Raises TrainingError.
     """
     caught: list[int] = []
-    with contextlib.closing(run):
+    with _closing(run):
         if run._trainer is None:
             run.resume()  # now: what a crash left unsaved is trained again, and is none of the steps that follow
         total = total if steps is None else run.current_step + steps
@@ -178,6 +178,18 @@ def drive(run: Run, total: int, steps: int | None = None) -> int:
         return 128 + int(caught[0])
     tell(f"{near(run.path)}: done, step {step}")
     return 0
+
+
+@contextlib.contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """Closes it in the end; where that fails too, on a full disk, say, it hides nothing of what went wrong before."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(StoreError, checkpoint.CheckpointError):
+            run.close()
+        raise
+    run.close()
 
 
 def _watch(run: Run, total: int, console: Console, caught: list[int]) -> None:

@@ -14,7 +14,7 @@ from moe_core import RunStore, StoreError
 from moe_core.cli import main
 from moe_core.commands import spell
 from moe_core.presets import preset
-from moe_core.shell.console import eval_line, params_line, step_line
+from moe_core.shell.console import Console, eval_line, params_line, step_line
 
 
 @pytest.fixture
@@ -70,6 +70,20 @@ def test_the_familiar_lines_to_the_letter():
         "[muon_sophia ] step 1200/6000  loss 5.6797  avg 1186.83 ms/it    55219 tok/s  gnorm 0.39/1")
     assert step_line(dense, 300, row, tok_s, 1500).startswith("[muon_sophia ] step  300/1500  loss 5.6797  avg")
     assert eval_line(dense, row) == "[muon_sophia ]   (val) loss 9.0075  ppl 8164.1"
+
+
+def test_each_step_is_told_once_whatever_the_clock_says(tiny_run, monkeypatch, capsys):
+    """Of a computer whose clock is set back; none is told again on a branch that shows it too."""
+    run, now = tiny_run(log_interval=1, eval_interval=0), time.time()
+    run.step(2)
+    console = Console(run.store, run.config, run.branch, 2, 10)
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    run.step(2)
+    console.look(run.branch)
+    run.rewind(3)
+    run.step(3)
+    console.look(run.branch)
+    assert re.findall(r"iter +(\d+)", capsys.readouterr().out) == ["3", "4", "4", "5", "6"]
 
 
 def test_a_run_from_the_shell_is_told_in_those_lines_and_lies_where_it_was_asked(line, tmp_path, monkeypatch, capsys):

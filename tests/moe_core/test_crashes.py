@@ -17,6 +17,7 @@ import moe_core as mc
 from moe_core import checkpoint
 from moe_core.run import _open_runs
 from moe_core.session import _alive
+from moe_core.shell.headless import TrainingError, drive
 
 # Forks a child for each moment, so that torch is imported once. A child opens the run, trains, saves and branches
 # until it is killed; what it says goes to a file that outlives it.
@@ -126,6 +127,16 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tiny_run):
     run.step(12 - stopped)
     calm.step(12)
     assert run.metrics().filter(regex="^(?!perf/)").equals(calm.metrics().filter(regex="^(?!perf/)"))
+
+
+def test_a_shell_is_told_how_to_go_on_after_a_full_disk(tiny_run):
+    """That the run could not be closed either hides nothing of what stopped it."""
+    run = tiny_run()
+    run.step(2)
+    full = (run.path / "run.sqlite-wal").stat().st_size + 40_000  # after a few steps
+    with (files_end_at(full),
+          pytest.raises(TrainingError, match=r"stopped at step \d+: StoreError: .*continue with: moe resume ")):
+        drive(run, 100)
 
 
 def test_what_a_crash_in_a_save_left_is_mended(tiny_run):
