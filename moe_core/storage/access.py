@@ -135,7 +135,7 @@ def take_lock(path: Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         who = _spoken(_signed(path))
         raise StoreError(f"{path}: already open for writing by {who}; "
-                         "one process may write a run, any number may read it") from None
+                         "one process may write a run, any number may read and steer it (mc.Run.attach)") from None
     return lock
 
 
