@@ -191,8 +191,3 @@ def _spelled(field: str, value: Any) -> str:
     if isinstance(value, str) and pasted.is_flag(value):
         return shlex.quote(f"--{field}={value}")
     return f"--{field} {'none' if value is None else shlex.quote(str(value))}"
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Every field by its own name."""
-    return config.flat()

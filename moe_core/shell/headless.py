@@ -144,7 +144,7 @@ def _return(path: str) -> Run:
 def _say_ignored(run: Run, line: commands.Line) -> None:
     """Say what the command asks for that a run, once begun, does not change."""
     for field, value in line.given.items():
-        has = commands.flat(run.config)[field]
+        has = run.config.flat()[field]
         if field not in _FREE and value != has:
             tell(f"{near(run.path)}: {field} stays {has!r}, as when the run was created; {value!r} is ignored")
 
