@@ -213,7 +213,6 @@ class Session:
             self._run.end_chunk()
             with self._changed:
                 if self._state == "pausing" or self._done == self._total:
-                    self._drain()  # before it rests: of what cannot be done nobody waits to hear
                     return self._rest("paused" if self._done < self._total else "idle")
                 # Asked for while the last one was being saved: a chunk of its own, that can be undone alone.
                 self._done, self._total = 0, self._total - self._done
@@ -234,10 +233,12 @@ class Session:
 
     def _rest(self, state: str, error: BaseException | None = None) -> None:
         with self._changed:
+            if error is None and self._state != "moving":
+                self._drain()  # what was posted since the last boundary, by who does not wait to hear of it
             self._state, self._error, self._stepping = state, error, False
             self._changed.notify_all()
             if error is None:
-                self._drain()  # what was posted since the last boundary
+                self._drain()
 
     def _drain(self) -> None:
         while self._queue:
