@@ -52,7 +52,8 @@ def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
                 line = shown[f"expert-{expert}-{kind}"]
                 np.testing.assert_allclose(line.y, mean[kind][expert], rtol=1e-5)
                 assert (line.x.tolist(), line.line.dash) == (list(range(1, 41)), dash)
-        np.testing.assert_allclose(shown["utilisation-served"].y, mean["served"].iloc[-1], rtol=1e-5)
+        for kind in ("served", "demand"):
+            np.testing.assert_allclose(shown[f"utilisation-{kind}"].y, mean[kind].iloc[-1], rtol=1e-5)
         here = "" if layer is None else f"/layer_{layer}"
         drawn = {"train-loss": "train/loss", "train-ce": "train/ce", "grad-norm": "grad/norm",
                  "max-frac-worst": "router/max_frac_max", "entropy": f"router/entropy_mean{here}",
@@ -96,7 +97,8 @@ def test_titles_keys_and_hovers_name_what_is_drawn(data):
             "max-frac-worst": "worst layer %{y:.1%}", "drop-frac": "dropped %{y:.1%}"}.items():
         assert hovers[uid] == hover
     assert fig.layout.xaxis2.title.text == "expert (full bar: served, pale bar: demand)"
-    assert [trace.name for trace in fig.data if trace.showlegend] == ["0", "1", "2", "3"]
+    assert [(trace.uid, trace.name) for trace in fig.data if trace.showlegend] == [
+        (f"expert-{expert}-served", str(expert)) for expert in range(4)]
     seen = by_uid(fig)
     axes = {uid: fig.layout[f"yaxis{seen[uid].yaxis[1:]}"] for uid in ("top1-p", "clip-ratio", "entropy")}
     assert [axis.side for axis in axes.values()] == ["right", "right", None]
@@ -193,6 +195,10 @@ def test_shares_are_written_as_exactly_as_their_number_asks(n_experts, axis, hov
     shares = Shares.of(np.arange(1, 3), np.full((2, 2, 1, n_experts), 1 / n_experts, np.float32))
     chart = charts.expert_lines(shares)
     assert chart.y["tickformat"] == axis and f"%{{y:{hover}}}" in chart.traces[0]["hovertemplate"]
+    heat = charts.layer_heatmap(shares)
+    bar = heat.traces[0]["colorbar"]
+    assert dict(zip(bar["tickvals"], bar["ticktext"], strict=True)).get(3) == {8: "all", 16: None, 128: "8×"}[n_experts]
+    assert heat.title.endswith(", in %</b>") == (n_experts == 16)  # a cell among sixteen has no room for the sign
 
 
 @pytest.mark.parametrize("width", (400, 700, 850, 1100, 1600))
