@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,7 @@ def test_a_folder_holds_all_three_tables(tiny_run, tmp_path, suffix, monkeypatch
     note = events[events["kind"] == "note"].iloc[0]
     assert note["text"] == hostile and json.loads(note["payload"])["text"] == hostile
     assert pd.to_datetime(note["asked"]) <= pd.to_datetime(note["applied"])
+    assert abs(pd.to_datetime(note["asked"]).timestamp() - time.time()) < 600
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_what_was_there(tiny_run, tmp_path):

@@ -152,7 +152,12 @@ def test_typical_tokens_are_those_an_expert_has_more_than_its_share_of(tokenizer
     assert table["lift"].iloc[0] == pytest.approx(1 / found.shares()[0, 2])
     pairs = made(tokenizer, ["def;" * 30 + "!" * 400 + TEXT], lambda c, ids: np.stack(
         [np.stack([choose(c, ids)[0], np.full(len(ids), 4)], -1)] * 2), n_experts=5, top_k=2)
-    assert pairs.tokens_of(0, 2)["lift"].iloc[0] == pytest.approx(0.5 / pairs.shares()[0, 2])
+    top, n, here = pairs.tokens_of(0, 2).iloc[0], len(pairs.token_ids), (pairs.experts[0, :, 0] == 2).sum()
+    assert top["lift"] == pytest.approx(0.5 / pairs.shares()[0, 2])
+    # By hand: of its 2 * 30 picks 30 went here, and the prior's 10 tokens have as much of it as the probe has.
+    own = top["total"] + 10 * top["total"] / n
+    assert top["log_odds"] == pytest.approx(np.log(own / (here + 10 - own)) - np.log(own / (2 * n - here + 10 - own)))
+    assert top["z"] == pytest.approx(top["log_odds"] / np.sqrt(2 / own))
     common = table[table["total"] > 300]
     assert (common["lift"] < 1.4).all() and (common["z"] < table["z"].iloc[0] / 2).all()
     assert special not in set(found.tokens_of(1, 0)["id"])

@@ -40,7 +40,7 @@ def test_at_the_batchs_own_values_every_number_is_the_batchs_own(tiny_run, chang
     run.step(3)
     used = {name: run.metrics()[run._knobs[name].spec.metric].iloc[-1] for name in ROUTES if name in run.knobs}
     for preview in (run.preview(), run.preview(**used)):
-        assert preview.step == 3
+        assert preview.step == 3 and preview.turned() == ""
         row = router_row(run)
         assert set(row) == set(preview.now)
         for got in (preview.now, preview.then):
@@ -92,7 +92,7 @@ def test_it_foresees_what_a_turn_does_to_the_batch(tiny_run):
 
 
 def test_it_says_what_it_cannot_know(tiny_run):
-    """Alpha moves no token; a temperature without noise changes no choice, where there is no balance bias; deeper
+    """Alpha moves no token; a temperature without noise changes no choice, where tokens choose by it alone; deeper
     layers keep their inputs. Of one layer and one batch all is known.
     """
     run = tiny_run(router_noise_std_init=0.0, gradient_accumulation_steps=2)
@@ -106,9 +106,10 @@ def test_it_says_what_it_cannot_know(tiny_run):
     assert np.array_equal(temp.shares_now, temp.shares_then)
     said = " ".join(temp.unknown)
     assert "never the choice of experts" in said and "inputs of the next" in said and "last of 2 micro-batches" in said
-    biased = tiny_run("biased", router_noise_std_init=0.0, balance="bias", n_layer=1)
-    biased.step(1)
-    assert biased.preview(router_temp=0.7).unknown == ()
+    for changes in dict(balance="bias"), dict(routing="expert", dropless=False, balance="none"):
+        one = tiny_run("".join(changes), router_noise_std_init=0.0, n_layer=1, **changes)
+        one.step(1)
+        assert one.preview(router_temp=0.7).unknown == ()
 
 
 def test_it_shows_now_and_then(tiny_run):
