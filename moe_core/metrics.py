@@ -101,11 +101,11 @@ class Told:
 
 
 def step_metrics(config: RunConfig, groups: Sequence[Mapping], number: int, values: Mapping[str, float], told: Told,
-                 clipped: int, skipped: int) -> dict[str, float]:
+                 clipped: int, skipped: int, tokens: int) -> dict[str, float]:
     """The row of step ``number`` but its speed and its validation.
 
-    ``groups``: the optimizer's. ``values``: of the knobs. ``clipped`` steps were clipped before it, and ``skipped``
-    were refused.
+    ``groups``: the optimizer's. ``values``: of the knobs. Before it ``clipped`` steps were clipped, ``skipped`` were
+    refused, and ``tokens`` trained on.
     """
     optim, reading, norm = config.optim, told.reading, told.norm
     share = lr_shape(optim, number) * values["lr_scale"]
@@ -127,7 +127,7 @@ def step_metrics(config: RunConfig, groups: Sequence[Mapping], number: int, valu
         "lr": main_lr(optim) * share,
         **{f"lr/{group['name']}": group["peak_lr"] * share for group in groups},
         **{f"update/{group['name']}": size for group, size in zip(groups, told.update_sizes, strict=True)},
-        "train/tokens_b": number * config.tokens_per_step / 1e9,
+        "train/tokens_b": (tokens + config.tokens_per_step) / 1e9,
         "grad/norm": norm,
         "grad/clipped_cum": float(clipped + (norm > values["grad_clip"])),
         "grad/skipped_cum": float(skipped),

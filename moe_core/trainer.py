@@ -85,7 +85,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, self.model)
         self.noise = torch.Generator(self.device).manual_seed(config.seed + 1)  # of selection, then of dropout
         self.labels = torch.Generator(self.device).manual_seed(config.seed + 2)  # of Sophia's Hessian passes
-        self.steps_done = self.clipped = self.skipped = 0
+        self.steps_done = self.clipped = self.skipped = self.tokens = 0
         self.whole = True
         self.routed: Routed | None = None  # replaced whole, so that any thread may read it
         self._sequence_alpha = config.router.sequence_balance_alpha if config.model.n_experts else 0.0
@@ -128,6 +128,7 @@ class Trainer:
             self.routed = Routed(number, asked.values, asked.seen.router_logits, asked.seen.batches[-1][1],
                                  asked.seen.bias_LE)
         self.steps_done, self.clipped = number, int(metrics["grad/clipped_cum"])
+        self.tokens += self.config.tokens_per_step
         took = time.perf_counter() - started
         metrics |= {"perf/tok_s": self.config.tokens_per_step / took, "perf/data_wait": self._waited / took}
         if self.config.eval_interval:
@@ -193,7 +194,7 @@ class Trainer:
 
     def _metrics(self, number: int, values: dict[str, float], seen: Backward) -> dict[str, float]:
         return step_metrics(self.config, self.optimizer.param_groups, number, values, seen.told,
-                            self.clipped, self.skipped)
+                            self.clipped, self.skipped, self.tokens)
 
     def _out_of_memory(self, said: str) -> MemoryLimitError:
         self.optimizer.zero_grad()
@@ -307,10 +308,9 @@ class Trainer:
         if self.under_way:
             raise RuntimeError(f"step {self.steps_done + 1} is under way; finish it with step() first")
         return {
-            "steps_done": self.steps_done, "clipped": self.clipped, "skipped": self.skipped,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "knobs": self.knobs.state_dict(),
-            "noise": self.noise.get_state(), "labels": self.labels.get_state(), "train": self.train.state_dict()}
+            "steps_done": self.steps_done, "clipped": self.clipped, "skipped": self.skipped, "tokens": self.tokens,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "noise": self.noise.get_state(),
+            "labels": self.labels.get_state(), "knobs": self.knobs.state_dict(), "train": self.train.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Become what :meth:`state_dict` was taken of: the same steps follow, under the rates of this trainer's own
@@ -327,6 +327,7 @@ class Trainer:
             self._alerts.append("the state is of another kind of device: random numbers begin anew from the seed")
         self.train.load_state_dict(state["train"])
         self.steps_done, self.clipped, self.skipped = state["steps_done"], state["clipped"], state.get("skipped", 0)
+        self.tokens = state.get("tokens", self.steps_done * self.config.tokens_per_step)  # old states have it not
         self.whole = True
 
 

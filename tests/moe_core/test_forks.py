@@ -57,7 +57,7 @@ def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tin
         run.fork(tmp_path / "other", seed=run.config.seed + 1)
     with pytest.raises(mc.ConfigError, match="balance: a fork goes on"):
         run.fork(tmp_path / "other", balance="bias")
-    child = run.fork(tmp_path / "child", step=3, batch_size=2)
+    child = run.fork(tmp_path / "child", step=3, batch_size=2)  # of 32 tokens each, where it was 4
     assert [c.name for c in child.store.checkpoints()] == ["fork"]  # which is never dropped
     child.step(2)
     with pytest.raises(ValueError, match=r"step = 2: must be at least 3; .* go back in its parent: .*run"):
@@ -69,6 +69,7 @@ def test_a_fork_with_changes_goes_back_no_further_than_its_parents_last_step(tin
     with pytest.raises(ValueError, match="must be at least 3"):
         grandchild.rewind(0)
     after = rows(child)
+    assert after["train/tokens_b"].to_numpy() * 1e9 == pytest.approx([32 * n for n in (4, 8, 12, 14, 16)])
     child.rewind(3)
     child.step(2)
     assert rows(child).equals(after) and not (child.events()["kind"] == "alert").any()
