@@ -74,7 +74,8 @@ def test_the_panel_draws_the_shares_and_metrics_that_it_was_given(data):
         -3: "≤⅛×", -1: "½×", 0: "fair", 1: "2×", 2: "all"}
     assert heat.zmax == 2 and heat.text[0][0] == f"{100 * last[0][0]:.0f}%"  # everything to one expert of four
     assert shown["val-loss"].x.tolist() == [10, 20, 30, 40]
-    np.testing.assert_allclose(shown["clip-ratio"].y, metrics["grad/clipped_cum"] / metrics.index, rtol=1e-5)
+    rare = metrics.set_index(3 * metrics.index)  # every third step was logged
+    np.testing.assert_allclose(charts.clipping(rare).traces[1]["y"], rare["grad/clipped_cum"] / rare.index, rtol=1e-5)
 
 
 def test_titles_keys_and_hovers_name_what_is_drawn(data):
@@ -137,6 +138,7 @@ def test_healthy_ranges_are_shaded_where_the_guide_has_them_and_squeeze_no_line(
     for uid, name in (("entropy", "router/entropy_mean"), ("top1-p", "router/top1_p_mean")):
         band, = (shape for shape in bands if shape.yref == axes[uid])
         assert (band.y0, band.y1) == healthy_band(name, 4)
+        assert band.label.font.color == by_uid(fig)[uid].line.color
     band, = (shape for shape in bands if shape.yref == axes["max-frac"])
     highest = max(metrics[name].max() for name in ("router/max_frac_mean", "router/max_frac_max"))
     assert band.y0 == 0
@@ -152,6 +154,7 @@ def test_healthy_ranges_are_shaded_where_the_guide_has_them_and_squeeze_no_line(
         shape = limits[by_uid(fig)[uid].line.color]
         assert shape.visible == seen and (not seen or shape.y0 == limit)
     assert not [shape for shape in panel_figure(metrics, experts, events).layout.shapes if shape.type == "rect"]
+    assert charts.expert_lines(experts, top_k=4).bands == ()  # every token goes to all of the four: nothing is chosen
 
 
 def test_every_step_axis_has_every_mark_and_all_move_together(data):
@@ -192,12 +195,13 @@ def test_one_step_is_a_point_and_its_axis_counts_in_whole_steps(data):
 
 @pytest.mark.parametrize(("n_experts", "axis", "hover"), ((8, ".0%", ".1%"), (16, ".0%", ".1%"), (128, ".1%", ".2%")))
 def test_shares_are_written_as_exactly_as_their_number_asks(n_experts, axis, hover):
-    shares = Shares.of(np.arange(1, 3), np.full((2, 2, 1, n_experts), 1 / n_experts, np.float32))
+    shares = Shares.of(np.array([7, 12]), np.full((2, 2, 1, n_experts), 1 / n_experts, np.float32))
     chart = charts.expert_lines(shares)
     assert chart.y["tickformat"] == axis and f"%{{y:{hover}}}" in chart.traces[0]["hovertemplate"]
     heat = charts.layer_heatmap(shares)
     bar = heat.traces[0]["colorbar"]
     assert dict(zip(bar["tickvals"], bar["ticktext"], strict=True)).get(3) == {8: "all", 16: None, 128: "8×"}[n_experts]
+    assert "at step 12" in heat.title and charts.utilisation(shares, 0).title.endswith("at step 12, layer 0</b>")
     assert heat.title.endswith(", in %</b>") == (n_experts == 16)  # a cell among sixteen has no room for the sign
 
 
@@ -305,6 +309,16 @@ def test_the_balance_bias_of_each_expert_is_charted_where_one_balances(tiny_run,
     plain = tiny_run("plain")
     plain.step(1)
     assert "biases" not in draw(Record.read(plain))
+
+
+def test_a_bias_of_expert_1_in_layer_1_is_not_that_of_10():
+    names = charts.bias_names(12, 12)
+    frame = pd.DataFrame([range(len(names))], columns=names, index=[5])
+    for layer, layers in ((None, range(12)), (1, [1])):
+        lines = charts.biases(frame, 12, layer).traces
+        means = [np.mean([12 * expert + at for at in layers]) for expert in range(12)]
+        assert [line["y"][0] for line in lines] == means
+    assert charts.bias_names(2, 12, 3) == ["router/bias_e0/layer_3", "router/bias_e1/layer_3"]
 
 
 def test_the_loss_of_tokens_further_on_is_charted_where_it_is_trained(tiny_run):

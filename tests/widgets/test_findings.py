@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moe_core import health
-from moe_core.health import RULES, Reading, Rule, spike
+from moe_core.health import RULES, Reading, Rule, healthy_band, spike
 from moe_core.rules import move
 from widgets import report_contents
 from widgets.findings import LASTS, Findings
@@ -82,15 +82,28 @@ def test_a_collapse_in_training_is_found_at_once_and_apply_brings_the_router_bac
 
 
 def test_what_apply_offers_at_rest_begins_at_what_the_knob_was_turned_to(panel, rules):
-    """Turned from a cell between two steps: the button's own numbers follow, without a step."""
-    run, findings, _ = panel()
-    rules(high_loss("alarm", 0.1))
+    """Turned from a cell between two steps: the button's own numbers follow, without a step. A page that still shows
+    the last ones turns to what they say; older ones turn nothing."""
+    run, findings, log = panel(top_k=2, norm_topk_prob=True)
+    lever = move("grad_clip", 0.5)
+    rules(Rule("high loss", "train/ce", "alarm", spike(above=0.1, enough=1), "of {K} in {E}", (lever,)))
     run.step(2)
-    lever = health.RULES[0].levers[0]({name: knob.value for name, knob in run.knobs.items()}, "").knob
-    for value in (0.2, 0.3):
-        run.knobs[lever].hold(value)
+    shown = []
+    for value in (0.2, 0.3, 0.4):
+        run.knobs["grad_clip"].hold(value)
         findings.look(2, busy=False)
-        assert re.search(f"{value}0* →", findings.view.rows[0]["levers"])
+        row = findings.view.rows[0]
+        assert re.search(f"{value}0* →", row["levers"]) and "of 2 in 4" in row["says"]
+        shown.append(re.search('data-lever="([^"]*)"', row["levers"])[1])
+    for key, value in ((shown[0], 0.4), (shown[1], 0.8)):
+        findings.view._handle_custom_msg({"lever": html.unescape(key)}, [])
+        assert run.knobs["grad_clip"].target == value
+    assert "Apply: the finding has changed since; nothing was turned" in log.widget.value
+    findings.look(2, busy=False)
+    assert "data-lever" not in findings.view.rows[0]["levers"]
+    run.rewind(1)  # where it was not answered
+    findings.look(1, busy=False)
+    assert "data-lever" in findings.view.rows[0]["levers"]
 
 
 def test_a_script_applies_what_the_button_applies(tiny_run):
@@ -127,10 +140,10 @@ def test_findings_come_and_go_in_the_log_once_each(panel, rules):
 
 
 def test_a_row_says_the_worst_where_else_it_is_and_what_each_button_turns_until_it_has_gone(panel, rules):
-    """An alarm of layer 1 beside a watch of both: eased when it stayed away, past, then gone; what it says is text."""
+    """An alarm of each layer beside a watch of both: eased when it stayed away, past, then gone; its words are text."""
     run, findings, _ = panel(router_temp_init=1.3, router_temp_final=1.3)
     run.step(3)
-    seen = {("alarm", 1): 0.75, ("watch", None): 0.5, ("watch", 0): 0.5}
+    seen = {("alarm", 0): 0.75, ("alarm", 1): 0.625, ("watch", None): 0.5}
 
     def rule(name, level, turn):
         def test(view):
@@ -148,18 +161,19 @@ def test_a_row_says_the_worst_where_else_it_is_and_what_each_button_turns_until_
     first, second = findings.view.rows
     assert (first["rule"], first["level"], second["rule"], second["level"]) == ("<r>", "alarm", "mine", "watch")
     assert first["says"] == (
-        "<b>alarm</b> layer 1: takes &lt;0.75&gt;<small>router/max_frac_mean/layer_1 · steps 2 to 3 · also all layers "
-        "(0.5)</small><small>Undo: once &lt;calm&gt;.</small>")
-    now = run.metrics(per_layer=True)["router/max_frac_mean/layer_1"].iloc[-1]
-    assert f'aria-label="router/max_frac_mean/layer_1, now {now:.3g}, healthy to 0.7"' in first["line"]
+        "<b>alarm</b> layer 0: takes &lt;0.75&gt;<small>router/max_frac_mean/layer_0 · steps 2 to 3 · also layer 1 "
+        "(0.625), all layers (0.5)</small><small>Undo: once &lt;calm&gt;.</small>")
+    now = run.metrics(per_layer=True)["router/max_frac_mean/layer_0"]
+    assert first["line"] == draw(now.index, now.to_numpy(), None, healthy_band("router/max_frac_max", 4)[1], 2,
+                                 f"router/max_frac_mean/layer_0, now {now.iloc[-1]:.3g}, healthy to 0.7")
     key = "router_temp 1.30 -&gt; 1.60"
-    assert first["levers"] == (f'<button data-lever="&lt;r&gt;|1|{key}" title="hold {key}">'
+    assert first["levers"] == (f'<button data-lever="&lt;r&gt;|0|{key}" title="hold {key}">'
                                "<b>Apply</b> Router temperature 1.30 → 1.60</button>")
     assert findings.view.summary == (
         '<span class="moe-alarm"><b>1 alarm</b></span><span class="moe-watch"><b>1 to watch</b></span>'
         "<i>takes &lt;0.1&gt;</i> ")
     event = run.events().iloc[-1]
-    assert event[["metric", "value", "first", "last"]].tolist() == ["router/max_frac_mean/layer_1", 0.75, 2, 3]
+    assert event[["metric", "value", "first", "last"]].tolist() == ["router/max_frac_mean/layer_0", 0.75, 2, 3]
     press(findings, "<r>", "router_temp")
     assert [name for name, knob in run.knobs.items() if knob.mode == "hold"] == ["router_temp"]
     findings.look(3, busy=False)
@@ -167,11 +181,13 @@ def test_a_row_says_the_worst_where_else_it_is_and_what_each_button_turns_until_
     for step, offered in ((53, False), (54, True)):
         findings.look(step, busy=False)
         assert ("data-lever" in findings.view.rows[0]["levers"]) == offered
-    del seen["alarm", 1]
+    del seen["alarm", 0], seen["alarm", 1]
+    Findings(run, Log()).look(2 + LASTS, busy=False)  # opened again, it is not gone before it stayed away
+    assert of_r()[1:] == []
     for step, news in ((54 + LASTS - 1, []), (54 + LASTS, [("here", "watch")])):
         findings.look(step, busy=False)
         assert findings.view.rows[0]["level"] == "watch" and of_r()[1:] == news
-    for name in (("watch", None), ("watch", 0), "mine"):
+    for name in (("watch", None), "mine"):
         del seen[name]
     findings.look(60 + LASTS, busy=False)
     assert [(row["rule"], row["past"], row["levers"]) for row in findings.view.rows] == [
@@ -179,6 +195,8 @@ def test_a_row_says_the_worst_where_else_it_is_and_what_each_button_turns_until_
     assert "watch" not in findings.view.summary
     findings.look(60 + 2 * LASTS, busy=False)
     assert findings.view.rows == [] and of_r()[2:] == [("gone", "watch")]
+    Findings(run, Log()).look(60 + 3 * LASTS, busy=False)
+    assert len(of_r()) == 3 and "fine" not in {rule for *_, rule in told(run)}
 
 
 def test_a_run_that_is_opened_again_or_goes_back_does_not_repeat_what_is_written(panel, rules):

@@ -41,7 +41,8 @@ def document():
     return Document(BAD, BAD, (
         Tiles(((BAD, BAD, BAD, "ok"),)), Heading(BAD), Heading(BAD, 3), Text(BAD), Text(code(BAD)), Bullets((BAD, BAD)),
         Table((BAD, "n", ""), rows, (1,)), Table(("", "|"), ((code("a | b"), "c | d"),)),
-        Pictures((Picture("name", figure, BAD),)), Code(f"{BAD}\n```\n"), Note(BAD),
+        Pictures((Picture("name", figure, BAD),)), Code(f"{BAD}\n```\n"), Text("two\n# lines"),
+        Note(f"{BAD}\n\n```\n<b>\n\n**fenced**\n```"),
         Entry(BAD, "knob", BAD, (Text(BAD),)), Entry("step 1", "nonfinite", "wrong")))
 
 
@@ -95,6 +96,8 @@ def test_markdown_shows_hostile_words_as_they_are(document):
     assert [token.content[:15] for token in tokens if token.type == "html_block"] == ["<blockquote><p>"]  # the note
     assert {token.type for token in inside} <= {"text", "text_special", "code_inline", "html_inline", "strong_open",
                                                 "strong_close", "image"}
+    shown = "".join(token.content for token in inside if token.type.startswith("text"))
+    assert shown.count(BAD) == 18 and [token.type for token in tokens].count("heading_open") == 3
     image, = (token for token in inside if token.type == "image")
     assert image.attrs["src"] == "out%20%3Cdir%3E/name.png"
     bold = [inside[k + 1].content for k, token in enumerate(inside) if token.type == "strong_open"]
@@ -103,6 +106,7 @@ def test_markdown_shows_hostile_words_as_they_are(document):
     assert fence.content == f"{BAD}\n```\n\n"
     cells = [token.type for token in tokens].count("td_open")
     assert cells == 2 * 2 + 2  # a small chart's column is left out, and a bar ends no cell
+    assert "| <code>a &#124; b</code> | c \\| d |" in text
     assert [token.attrs.get("style") for token in tokens if token.type == "th_open"][:2] == [None, "text-align:right"]
     assert f"❌ {report_markdown.inline(BAD)}" in text and f"✅ {report_markdown.inline(BAD)}" in text
 
