@@ -87,6 +87,13 @@ def _incomparable(records: Sequence[Record], names: Sequence[str]) -> list[Block
         sizes = ", ".join(f"{name} {config.model.vocab_size:,}" for name, config in known)
         said.append(f"Their vocabularies differ ({sizes}), and with them what a token is: losses in nats per token "
                     "cannot be compared.")
+    elif len({record.tokens for record in records if record.tokens is not None}) > 1:
+        said.append("They read different tokens, of another text, split or tokenizer: losses cannot be compared.")
+    windows = [(name, config.optim.batch_size * config.eval_iters, config.model.block_size) for name, config in known
+               if config.eval_interval]
+    if len({window[1:] for window in windows}) > 1:
+        sizes = ", ".join(f"{name} {n:,} of {size:,} tokens" for name, n, size in windows)
+        said.append(f"They are validated on different windows ({sizes}): val/loss is a mean over different text.")
     experts = [(name, config.model.n_experts) for name, config in known if config.model.n_experts]
     if len({n for _, n in experts}) > 1:
         sizes = ", ".join(f"{name} {n} (ln {n} = {math.log(n):.3f})" for name, n in experts)

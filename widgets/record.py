@@ -19,7 +19,7 @@ from moe_core.config import ConfigError, RunConfig
 from moe_core.effects import COLUMNS, between, effects
 from moe_core.health import Finding
 from moe_core.knobs import Knobs
-from moe_core.provenance import META
+from moe_core.provenance import DATA, META
 from moe_core.rules import WINDOW
 from moe_core.storage.schema import STEP_MAX
 from moe_core.store import Branch, RunStore, Steps, StoreError
@@ -63,6 +63,7 @@ class Record:
     elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     others: dict[str, pd.DataFrame] = field(default_factory=dict)
     fresh: bool = True
+    tokens: str | None = None  # the fingerprint of what it read
 
     @classmethod
     def read(cls, source, branch: str | None = None, told: bool = True) -> Record:
@@ -94,7 +95,7 @@ class Record:
             effects=effects(store, at) if told else pd.DataFrame(columns=COLUMNS),
             partings=tuple(_partings(store, at, branches)) if told else (),
             elsewhere=_elsewhere(store, branches, events), others=other_branches(store, at, NAMES + ROUTER_NAMES),
-            fresh=not (path / origin.STATE).exists())
+            fresh=not (path / origin.STATE).exists(), tokens=store.get_meta(DATA))
 
     @property
     def last_step(self) -> int:

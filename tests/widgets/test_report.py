@@ -1,6 +1,7 @@
 import ast
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -143,7 +144,14 @@ def test_runs_of_other_units_are_not_held_against_each_other(tiny_run, tmp_path)
     text = compare.write(runs, tmp_path / "both.md").read_text()
     assert "vocabularies differ (`one` 512, `two` 600)" in text and "ln 4 = 1.386" in text and "ln 8 = 2.079" in text
     same = compare.write([runs[0], runs[0].path], tmp_path / "same.md").read_text()
-    assert "differ:" not in same and "vocabularies" not in same
+    assert not any(word in same for word in ("differ:", "vocabularies", "different"))
+    other = shutil.copytree(runs[0].config.data.dataset_name, tmp_path / "other")
+    next(other.iterdir()).unlink()
+    runs += [tiny_run("text", dataset_name=str(other)), runs[0].fork(tmp_path / "half", batch_size=2)]
+    assert "read different tokens" in compare.write([runs[0], runs[2]], tmp_path / "text.md").read_text()
+    half = compare.write([runs[0], runs[3]], tmp_path / "half.md").read_text()
+    assert "windows (`one` 8 of 32 tokens, `half` 4 of 32 tokens)" in half and "read different" not in half
+    runs[3].close()
 
 
 def test_the_script_of_a_report_takes_the_same_steps(told_run, tmp_path, monkeypatch):
