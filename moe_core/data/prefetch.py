@@ -93,16 +93,10 @@ class Ahead:
         """The next item. Raises what making it raised; then the next call tries again from the same place."""
         line = self._line
         if line is not None and line.error is not None and not line.ready:
-            # It waited here since some time ago; a dropped connection, most of all, may be back by now.
+            # Raised already, or waiting here since some time ago; a dropped connection may be back by now.
             self.close()
             line = None
-        line = line or self._start()
-        try:
-            item, self.place = line.take()
-        except BaseException as error:
-            if error is line.error:
-                self.close()
-            raise
+        item, self.place = (line or self._start()).take()
         return item
 
     def seek(self, place: Any) -> None:
