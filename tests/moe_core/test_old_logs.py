@@ -9,7 +9,7 @@ import pytest
 
 import moe_core as mc
 from moe_core import frames
-from moe_core.old_forms import Console, Tally
+from moe_core.old_forms import Console, Draft, Tally
 from moe_core.old_logs import LogError, import_log
 
 FOREIGN = [
@@ -170,6 +170,29 @@ def test_a_log_that_starts_again_opens_a_branch(tmp_path):
                                              **{s: r for s, r in two.items() if s > 200}})
 
 
+def test_a_log_that_starts_again_and_again_forks_where_each_line_of_it_went(tmp_path):
+    """Behind the newest step that the line shows by then, not one that an earlier line shows further on."""
+    draft = Draft("moe", "")
+    for at, step in enumerate((100, 200, 300, 350, 400, 500, 450, 310, 410, 390, 50)):
+        assert draft.row(step, {"train/loss": float(at)})
+    assert [(stretch.parent, stretch.fork) for stretch in draft.stretches] == [
+        (None, 0), (0, 400), (1, 300), (2, 310), (3, 0)]
+
+
+def test_a_dense_log_that_starts_again_keeps_its_validations_where_they_were(tmp_path):
+    """A resume from 200 behind the validation of 400, every step counted from 0: each row stands one step further."""
+    (first, one), (second, two) = ((log[: log.index("=== Summary (GPU) ===")], truth["adamw"])
+                                   for log, truth in map(dense_log, (10, 11)))
+    parts = [[line for line in log if line.startswith("[adamw")] for log in (first, second)]
+    (tmp_path / "a.log").write_text("\n".join(parts[0][:6]))  # to the validation of 400
+    (tmp_path / "b.log").write_text("\n".join(parts[1][3:]))  # from 300
+    made = import_log([tmp_path / "a.log", tmp_path / "b.log"], tmp_path / "old", val_every=200, shift=1)
+    assert made.branches == {"adamw": ("from-201",)}
+    assert close(read(tmp_path / "old", "main")[0], {s + 1: row for s, row in one.items() if s <= 400})
+    found, events = read(tmp_path / "old")
+    assert events == [] and close(found, {s + 1: row for s, row in [*list(one.items())[:2], *list(two.items())[2:]]})
+
+
 def test_a_repeated_line_and_a_step_zero_change_nothing_else(tmp_path):
     """The same line twice is one row; iter 0 is an event, or step 1 with shift=1; nan is absent and said."""
     log = tmp_path / "log"
@@ -185,6 +208,14 @@ def test_a_repeated_line_and_a_step_zero_change_nothing_else(tmp_path):
     assert {what.split(",")[0].split(" the")[0]: count for what, (count, _) in made.passed_over.items()} == {
         "eval line without": 1, "before step 1": 2, "repeated": 1}
     assert list(read(import_log(log, tmp_path / "shifted", shift=1).runs["moe"])[0]) == [1, 11, 21]
+    log.write_text(line.format(10, "5.8884") + "iter     20 | loss\neval | val_loss 5.0000\n")
+    assert "val/loss_with_aux" not in read(import_log(log, tmp_path / "torn").runs["moe"])[0][10]
+    log.write_text("Step,a - loss,a - _timestamp\n0,2.5,1700000000\n1,2.25,1700000010\n1,9.0,\n")
+    made = import_log(log, tmp_path / "csv", shift=1)
+    assert read(made.runs["a"])[0] == {1: {"loss": 2.5}, 2: {"loss": 2.25}}
+    assert [count for what, (count, _) in made.passed_over.items() if "first one stays" in what] == [1]
+    with mc.RunStore.open(tmp_path / "csv") as store:
+        assert store.read_steps(shares=False).time.tolist() == [1.7e9, 1.7e9 + 10]
 
 
 def test_a_wandb_export_makes_a_run_of_each_with_its_holes(tmp_path):
