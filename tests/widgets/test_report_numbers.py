@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from moe_core.store import MAIN, RunStore
 from widgets import compare
 from widgets.record import Record
 from widgets.report_blocks import Bullets, Entry, Note, State, Table, Text, Tiles
-from widgets.report_contents import _snapshots, document, effect_blocks
+from widgets.report_contents import _parting, _snapshots, document, effect_blocks
 from widgets.report_words import assessment, observations
 
 LAST = slice(-50, None)
@@ -95,6 +96,8 @@ def test_what_is_observed_is_the_last_value_or_mean_its_trend_and_where_it_lies(
                                  ("top1_p_mean", "0.375 to 0.657", "above the range"),
                                  ("max_frac_mean", "up to 0.5", "inside the range")):
         assert rows[f"router/{name}"][3:] == (healthy, where)
+    every = replace(record, config=record.config.replace(top_k=4, norm_topk_prob=True))  # nothing is chosen
+    assert {row[4:] for row in observations(every).rows if row[0].startswith("router/")} == {("", "")}
     spark = rows["router/top1_p_mean"][1]
     assert (spark.low, spark.high) == pytest.approx((0.375, 0.657), abs=1e-3)
     served = shares[LAST, 1].mean((0, 1))
@@ -136,17 +139,25 @@ def test_what_a_turn_brought_is_said_on_its_side_and_once():
         ("train/ce", 5.0, 3.0, -1.25, True, f"{cut}; turned together with grad_clip"),
         ("train/loss", 5.0, 4.0, -0.1, False, cut), ("router/aux_mean", 1.0, 1.0, 0.0, False, f"{cut}; constant"),
         ("router/frac_dem_e1", 0.5, 0.7, 0.125, True, cut), ("router/frac_srv_e1", 0.5, 0.7, 0.125, True, cut),
+        ("router/frac_dem_e2", 0.5, 0.8, 0.1, True, cut), ("router/frac_srv_e2", 0.5, 0.7, 0.1, False, cut),
         ("val/loss", 6.0, 5.0, math.nan, None, f"{cut}; 5 values before and 5 after: too few to tell, each needs 20"))]
     frame = pd.DataFrame([*rows, row("lr_scale", "train/ce", 1.0, 2.0, 9.0, True, step=81)],
                          columns=COLUMNS).astype({"stands_out": "boolean"})
     text, table = effect_blocks(frame, 51)
-    assert text == Text(f"2 of 3 metrics stand out ({cut}).")
+    assert text == Text(f"3 of 5 metrics stand out ({cut}).")
     assert table.head[1:4] == ("mean before", "mean after", "change beside the trend")
     assert table.rows == (("train/ce", "5", "3", "−1.25", "−1.75 to −0.75"),
-                          ("router/frac_srv_e1", "0.5", "0.7", "+0.125", "−0.375 to +0.625"))
+                          ("router/frac_srv_e1", "0.5", "0.7", "+0.125", "−0.375 to +0.625"),
+                          ("router/frac_dem_e2", "0.5", "0.8", "+0.1", "−0.4 to +0.6"))
     assert effect_blocks(frame[~frame["stands_out"].fillna(True)], 51) == [
-        Text(f"None of 1 metrics stands out from the noise ({cut}).")]
+        Text(f"None of 2 metrics stands out from the noise ({cut}).")]
     assert effect_blocks(frame, 1) == [Text("Too few steps on one side to tell what it brought.")]
+    parted = frame.iloc[:2].assign(a=5.0, b=4.0)
+    text, table = _parting(SimpleNamespace(branch="main"), "b", 20, 50, parted)
+    assert text.text.endswith("to 50, on the same batches, 1 of 2 metrics of `b` stand out from `main`, step by step.")
+    assert [row[:4] for row in table.rows] == [("train/ce", "5", "4", "−1.25")]
+    assert _parting(SimpleNamespace(branch="main"), "b", 20, 50, parted.iloc[:0]) == [
+        Text("Over steps 21 to 50 `b` and `main` are identical in every metric.")]
 
 
 def test_a_finding_is_said_once_with_where_else_it_is_and_each_lever_under_its_own_undo(logged):
@@ -178,6 +189,8 @@ def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged
     frame, _, record = logged
     run = tiny_run("other")
     run.step(12)
+    run.knobs["grad_clip"].hold(0.5)  # for the next step
+    assert Record.read(run).knobs == {name: knob.value for name, knob in run.knobs.items()}
     other, gates = Record.read(run), ["train/ce < 6.5 at 240", "train/ce > 0"]
     mine, theirs = (check(gates, one.metrics) for one in (record, other))
     checklist, = (part for part in document(record, mine, [other], [theirs]).blocks
@@ -201,11 +214,15 @@ def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged
 def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_their_name(tiny_run):
     """One entry with the effects once; a turn that was turned again is said to be; nothing is lost by rewinding."""
     run = tiny_run(max_steps=100)
-    run.step(25)
+    run.step(10)
+    run.note("before they part")
+    run.step(15)
     for knob, value in (("router_temp", 9.0), ("grad_clip", 0.5), ("router_temp", 2.0)):
         run.knobs[knob].hold(value)
-    run.note("on main")
+    run.note("on\0 main")
     run.step(25)
+    run.rewind(30, name="c")
+    run.switch("main")
     run.rewind(20, name="b")
     run.knobs["lr_scale"].hold(0.5)
     run.step(31)
@@ -216,14 +233,16 @@ def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_t
         return [[(part.at, part.title) for part in side if isinstance(part, Entry) and part.kind in ("knob", "note")]
                 for side in (parts[:where], parts[where:])], parts
     (mine, theirs), parts = told("b")
-    assert mine == [("step 21", "Learning-rate scale: held at 0.5")]
+    early = ("step 10", "Note")
+    assert mine == [early, ("step 21", "Learning-rate scale: held at 0.5")]
     on_main = [("step 25", "Note"), ("step 26", "Router temperature: held at 9 (superseded before the step); "
                                                 "Gradient clip: held at 0.5; Router temperature: held at 2")]
     assert theirs == on_main
-    assert [part.title for part in parts if getattr(part, "kind", "") == "branch"] == ["Branch `b`, from step 20"]
-    assert next(part.blocks for part in parts if getattr(part, "title", "") == "Note") == (Note("on main"),)
+    assert [part.title for part in parts if getattr(part, "kind", "") == "branch"] == [
+        "Branch `b`, from step 20", "Branch `c`, from step 30"]
     branches, parting = (part for part in parts if isinstance(part, Table) and "`main`" in part.head + part.rows[0])
-    assert branches.rows == (("`main`", "", "", "50", ""), ("`b`", "`main`", "20", "51", "this one"))
+    assert branches.rows == (("`main`", "", "", "50", ""), ("`c`", "`main`", "30", "30", ""),
+                             ("`b`", "`main`", "20", "51", "this one"))
     assert f"Over steps 21 to 50, on the same batches, {len(parting.rows)} of " in str(parts)
     assert parting.head[:4] == ("metric", "`b`", "`main`", "difference") and parting.rows
     for name, *values in parting.rows:
@@ -231,8 +250,30 @@ def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_t
             seen = run.metrics(side)[name].loc[21:50]
             seen = seen.diff() if name.endswith("_cum") else seen
             assert float(value.replace(",", "")) == pytest.approx(seen.mean(), rel=1e-3), name
+    of_b = parts
     (mine, theirs), parts = told("main")
-    assert (mine, theirs) == (on_main, [("step 21", "Learning-rate scale: held at 0.5")])
+    assert (mine, theirs) == ([early, *on_main], [("step 21", "Learning-rate scale: held at 0.5")])
+    for told_of in (parts, of_b):
+        assert [part.blocks for part in told_of if getattr(part, "title", "") == "Note"] == [
+            (Note("before they part"),), (Note("on main"),)]
     entry = next(part for part in parts if getattr(part, "at", "") == "step 26")
     assert sum("stand" in block.text for block in entry.blocks if isinstance(block, Text)) == 1
     assert "turned together" not in str(entry)
+
+
+def test_branches_are_compared_from_where_both_left_the_line_that_they_share(tmp_path):
+    """Of four that part at 10, 20 and 30: each pair over the steps that each has of its own, where there are 20."""
+    rng = np.random.default_rng()
+    with RunStore.create(tmp_path / "tree", {"imported": True}) as store:
+        ids = {"main": MAIN}
+        for name, parent, fork, last in (("main", None, 0, 60), ("x", "main", 10, 50), ("y", "x", 30, 55),
+                                         ("z", "x", 20, 49)):
+            if parent:
+                ids[name] = store.add_branch(name, ids[parent], fork)
+            for step in range(fork + 1, last + 1):
+                store.log_step(ids[name], step, 0.0, {"train/loss": rng.random()})
+        seen = {name: {(other, common, upto) for other, common, upto, _ in Record.read(store, name).partings}
+                for name in ids}
+    assert seen == {
+        "main": {("x", 10, 50), ("y", 10, 55), ("z", 10, 49)}, "x": {("main", 10, 50), ("y", 30, 50), ("z", 20, 49)},
+        "y": {("main", 10, 55), ("x", 30, 50), ("z", 20, 49)}, "z": {("main", 10, 49), ("x", 20, 49), ("y", 20, 49)}}
