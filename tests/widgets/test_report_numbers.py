@@ -209,6 +209,13 @@ def test_a_gate_of_a_baseline_is_the_baselines_own_and_so_are_its_numbers(logged
     count = frame["grad/clipped_cum"]
     assert rows["clipped, of the last steps"][0] == f"{(count[240] - count[142]) / 98:.0%}"
     assert compare.labels([record, other, record]) == ["logged", "other", "logged (2)"]
+    assert rows["findings"][0] == ", ".join(f"{n} {level}" for level, n in record.counted().items())
+    log = other.metrics.drop(columns="train/ce").rename(columns={"val/loss": "val/loss_with_aux"})
+    drawn = compare.draw([record, other, replace(other, name="a <b>", branch="c", metrics=log)])
+    assert "overlay-train-loss" in drawn and "overlay-train-loss" not in compare.draw([record, other])
+    line = [trace for trace in drawn["overlay-val-loss"].data if trace.name][2]
+    assert line.name == "a &lt;b&gt;:c, val/loss_with_aux"
+    assert line.hovertemplate.startswith(f"{line.name}<br>val/loss_with_aux %{{y")
 
 
 def test_turns_of_one_step_are_told_together_and_those_of_other_branches_under_their_name(tiny_run):
