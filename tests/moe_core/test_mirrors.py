@@ -13,6 +13,7 @@ import pytest
 import moe_core as mc
 from moe_core import mirrors
 from moe_core.mirrors import Mirrors
+from moe_core.trackers import TRACKERS, Line
 
 
 class Recorder:
@@ -240,6 +241,20 @@ def test_tensorboard_has_the_same_names_steps_and_values(tiny_run):
     assert alerts_of(run.path) == []
 
 
+def test_tensorboard_shows_each_step_once_where_a_killed_process_had_sent_more_than_it_noted(tmp_path):
+    """What is sent again takes the place of what was sent before."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, after, steps in ((False, 0, (1, 2, 3, 4, 5)), (True, 3, (4, 5, 6))):
+        tracker = TRACKERS["tensorboard"](Line(tmp_path, "p", "run", "run", "main", "key", {}, resumed, after))
+        for step in steps:
+            tracker.log(step, float(step), {"train/loss": after + step})
+        tracker.finish()
+    read = EventAccumulator(str(tmp_path / "tensorboard" / "main")).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 7), (5, 8), (6, 9)]
+
+
 def test_wandb_offline_has_the_same_names_steps_and_values(tiny_run, monkeypatch):
     """The offline file read back by W&B's own reader; nothing goes over the network."""
     pytest.importorskip("wandb")
@@ -247,13 +262,13 @@ def test_wandb_offline_has_the_same_names_steps_and_values(tiny_run, monkeypatch
         monkeypatch.setenv(name, value)
     run = tiny_run(mirrors="wandb")
     run.step(4)
-    frame = run.metrics()
+    frame, times = run.metrics(), run.store.read_steps(shares=False).time.tolist()
     run.close()
     assert alerts_of(run.path) == []
     (file,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
     rows = [{item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
             for record in wandb_records(file.read_bytes()) if record.HasField("history")]
-    assert [row["_step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4] and [row["_timestamp"] for row in rows] == times
     for row in rows:
         sent = {name: value for name, value in row.items() if not name.startswith("_")}
         assert sent == frame.loc[row["_step"]].dropna().to_dict()
