@@ -8,6 +8,7 @@ import torch
 from small_models import measured, weights
 
 import moe_core as mc
+from moe_core.faults import memory_limit
 from moe_core.trainer import MemoryLimitError, NonFiniteError
 
 # Where: the module whose weight is spoilt, and with what; the term; the words.
@@ -113,8 +114,13 @@ def full(*args):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def test_a_step_that_does_not_fit_says_what_to_lower_and_gives_its_memory_back(make):
-    """Everything is as before the step: the same trainer takes it later, with the numbers of one that never failed."""
+def test_a_step_that_does_not_fit_says_what_to_lower_and_gives_its_memory_back(make, tiny):
+    """Everything is as before the step: the same trainer takes it later, with the numbers of one that never failed.
+    What it names leaves a step its tokens.
+    """
+    said = str(memory_limit("step 1", tiny(batch_size=9, activation_checkpointing=True), torch.device("cpu")))
+    assert "Lower batch_size = 9 to 3 with gradient_accumulation_steps = 1 raised to 3, " in said
+    assert "activation_checkpointing" not in said
     trainer, twin = make(gradient_accumulation_steps=3), make(gradient_accumulation_steps=3)
     trainer.step(), twin.step()
     calls = iter(range(3))
