@@ -68,7 +68,11 @@ def test_a_turn_holds_from_the_step_that_its_event_names(tiny_run):
     run.knobs["router_temp"].hold(2.5)
     run.knobs["load_balance_alpha"].hold(np.float32(0.3))
     assert run.knobs["router_temp"].applied_at == 4
+    noise = run.knobs["router_noise_std"]
+    expected = noise.value
+    assert expected == noise.scheduled
     run.step(2)
+    assert run.metrics()["router/noise_std"][4] == np.float32(expected) != run.metrics()["router/noise_std"][3]
     event = run.events().iloc[0]
     assert (event["kind"], event["name"], event["mode"], event["value"], event["step"]) == (
         "knob", "router_temp", "hold", 2.5, 4)
@@ -115,7 +119,9 @@ def test_pause_stops_at_a_boundary_and_training_goes_on_as_if_it_had_not(tiny_ru
 
 
 def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
-    """A pause drops what is left of its chunk, also where more is asked for before training has come to rest."""
+    """A pause drops what is left of its chunk, also where more is asked for before training has come to rest: behind
+    the step that is being taken. A turn that waits for its end is pending, of its own knob alone.
+    """
     run = tiny_run()
     run.session.start(10**6)
     until(lambda: run.current_step >= 3)
@@ -123,6 +129,18 @@ def test_steps_asked_for_after_a_pause_are_all_that_follow(tiny_run):
     seen = run.current_step
     run.step(2)
     assert seen + 2 <= run.current_step <= seen + 4 and run.session.state == "idle"
+    before, real, pending = run.current_step, run._trainer.train.next, []
+
+    def meanwhile():
+        run._trainer.train.next = real
+        run.session.pause()
+        run.session.start(2)
+        run.knobs["lr_scale"].hold(0.5)
+        pending.extend(name for name in run.knobs if run.knobs[name].pending)
+        return real()
+    run._trainer.train.next = meanwhile
+    run.step(10)
+    assert run.current_step == before + 1 + 2 and pending == ["lr_scale"]
 
 
 def test_a_command_that_cannot_be_done_stands_in_nobodys_way(tiny_run, monkeypatch):
