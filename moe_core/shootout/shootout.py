@@ -275,7 +275,8 @@ class Shootout:
         for label, entry in self.entries.items():
             trials = self.trials(label)
             scores = [self.score(job) if self.finished(job) else math.nan for job in trials]
-            best = trials[scores.index(min(scores))] if trials and not any(map(math.isnan, scores)) else None
+            done = trials and not any(map(math.isnan, scores)) and min(scores) < math.inf
+            best = trials[scores.index(min(scores))] if done else None
             rows += [{"optimizer": label, "rates": _spoken(rates(self.search.trial(entry, job.pair))),
                       "steps": self.search.steps, "seed": job.seed, "val/loss": score, "chosen": job is best,
                       "edge": job is best and self.search.at_edge(job.pair)}

@@ -211,6 +211,16 @@ def test_a_run_that_diverges_is_said_and_the_others_go_on(tiny, tmp_path):
     assert frame["seeds"].to_dict() == {"adamw": 0, "sophia": 1} and frame["loss"]["sophia"] < 7
 
 
+def test_a_search_whose_runs_all_diverge_chooses_none(tiny, tmp_path):
+    """It is said, with what to do, and no run begins at rates that nothing was found for."""
+    made = Shootout.create(tmp_path / "s", tiny(), ["adamw"], steps=8, peaks={"adamw": {"learning_rate": 1e30}},
+                           tune=Search((1.0,), steps=3))
+    with pytest.raises(StoreError, match="adamw: every run of its search diverged; give lower peaks"):
+        made.train()
+    assert not made.search_table()["chosen"].any() and made.summary()["peaks"].tolist() == [""]
+    assert [path.name for path in (tmp_path / "s").iterdir() if path.is_dir()] == ["search"]
+
+
 def test_a_run_that_diverges_in_its_first_step_leaves_a_note_and_no_numbers(tiny):
     """No row at all: the others' numbers stay, and a difference to it is unknown."""
     nothing = Line.of(pd.DataFrame(index=pd.Index([], name="step")), tiny(), {"diverged": "step 1", "step": 0})
