@@ -25,6 +25,7 @@ from moe_core.checked import numbered
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ModelConfig
 from moe_core.snapshots import Snapshot, Snapshots
+from moe_core.storage.access import FILE
 from moe_core.store import MAIN, Checkpoint, RunStore
 from moe_core.trainer import StepRecord, Trainer
 
@@ -44,6 +45,7 @@ class History:
     def __init__(self, store: RunStore, save_interval: int, keep: int):
         """``save_interval``: steps between kept checkpoints (0: none); ``keep``: how many of those a branch keeps."""
         self.store, self.save_interval, self.keep = store, save_interval, keep
+        self._home = os.stat(store.path / FILE)
         self.snapshots = Snapshots()
         self._best: dict[int, tuple[int, float]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="moe-saving")
@@ -89,7 +91,10 @@ class History:
         return writing.result()
 
     def _write(self, branch: int, state: dict[str, Any], name: str | None) -> Checkpoint:
-        step = state["steps_done"]
+        step, home = state["steps_done"], self.store.path / FILE
+        # Its directory was removed, and a new run of that name has files of the same names.
+        if home.exists() and not os.path.samestat(os.stat(home), self._home):
+            raise CheckpointError(f"{self.store.path}: not saved; another run has taken its place")
         known = [c for c in self.store.checkpoints() if (c.branch, c.step, c.name) == (branch, step, name)]
         if known:
             return known[-1]  # the state after a step of a branch never changes

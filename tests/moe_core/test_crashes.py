@@ -228,15 +228,24 @@ def test_a_forked_child_leaves_the_run_to_its_parent(tiny_run):
 
 
 def test_a_run_that_was_deleted_does_not_come_back(tiny_run):
-    """A save says that its place is gone, and makes no folder in it; a name of any letters is a file's before that."""
+    """A save says that its place is gone, and makes no folder in it; a name of any letters is a file's before that. Nor
+    does it touch the run that is made in its place."""
     run = tiny_run()
     run.step(1)
     run.checkpoint("\U0001d400" * 100)
     shutil.rmtree(run.path)
     with pytest.raises(checkpoint.CheckpointError, match=r"not saved.*No such file"):
         run.checkpoint("later")
-    run.close()
     assert not run.path.exists()
+    with contextlib.closing(mc.Run.create(run.path, run.config.replace(seed=2), say=lambda line: None)) as other:
+        other.step(1)
+        other.checkpoint("later")
+        file, = run.path.glob("checkpoints/*later*")
+        whole = file.read_bytes()
+        with pytest.raises(checkpoint.CheckpointError, match="another run has taken its place"):
+            run.checkpoint("later")
+        run.close()
+        assert file.read_bytes() == whole
 
 
 def test_a_close_that_was_interrupted_is_finished_where_the_run_is_opened(tiny_run, monkeypatch):
