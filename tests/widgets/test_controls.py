@@ -1,10 +1,11 @@
 import re
 import threading
+import time
 
 import pytest
 
 from widgets.controls import KnobControl, help_of
-from widgets.notes import Log, NoteBox
+from widgets.notes import Log, NoteBox, Refusal
 
 
 @pytest.fixture
@@ -180,12 +181,30 @@ def test_the_log_says_which_of_several_turns_before_a_step_was_applied(tiny_run)
         run.rewind(0)
 
 
+def test_the_log_supersedes_no_turn_of_another_step_or_branch_and_marks_what_went_wrong():
+    """Where each line stands, newest first, at the time when it happened."""
+    turn = {"kind": "knob", "name": "grad_clip", "mode": "hold", "value": 0.5}
+    finding = {"kind": "finding", "level": "alarm", "text": "one has all"}
+    log = Log()
+    log.write_events([
+        {"id": k, "step": step, "branch": branch, "kind": said["kind"], "payload": said, "applied": 60.0 * k}
+        for k, (step, branch, said) in enumerate((
+            (1, "main", turn), (1, "b", turn), (2, "b", turn), (3, "b", finding | {"state": "here"}),
+            (4, "b", finding | {"state": "gone"}), (5, "b", {"kind": "nonfinite", "text": "NonFiniteError: grad"})))][::-1])
+    lines = re.findall(r"<div><span>(.*?)</span><span( class=\"moe-error\")?>(.*?)</span></div>", log.widget.value)
+    assert [(words, bool(wrong)) for _, wrong, words in lines] == [
+        ("Not finite: grad · step 5", True), ("Gone: one has all · step 4", False),
+        ("Alarm: one has all · step 3", True), *((f"Gradient clip: held at 0.5 · applied at step {step}", False) for step in (2, 1, 1))]
+    assert [clock for clock, *_ in lines] == [
+        time.strftime("%H:%M:%S", time.localtime(60 * k)) for k in range(5, -1, -1)]
+
+
 def test_the_log_shows_what_a_handler_raises_escaped_and_forgets_the_oldest():
-    log = Log(lines=3)
+    log, refused = Log(lines=3), Refusal()
     for i in range(5):
-        log.guarded(lambda i=i: {}[f"<b>{i}</b>"])()
+        log.guarded(lambda i=i: {}[f"<b>{i}</b>"], refused)()
     shown = log.widget.value
-    assert "<b>" not in shown
+    assert "<b>" not in shown + refused.widget.value and "&lt;b&gt;4" in refused.widget.value
     assert [f"&lt;b&gt;{i}&lt;/b&gt;" in shown for i in range(5)] == [False, False, True, True, True]
     assert shown.index("&gt;4&lt;") < shown.index("&gt;3&lt;")  # the newest is on top
     assert "KeyError" in shown

@@ -2,7 +2,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from widgets.marks import FEW, LINES, MOST, Marks, say
+from moe_core.knobs import KNOBS
+from widgets.marks import FEW, KNOB_TITLES, LINES, MOST, Marks, say
 
 
 def events(*rows):
@@ -11,10 +12,14 @@ def events(*rows):
 
 @pytest.mark.parametrize(("event", "words"), (
     (dict(kind="knob", name="router_temp", mode="hold", value=1.3), "Router temperature: held at 1.3"),
-    (dict(kind="knob", name="router_noise_std", mode="ramp", value=0.1, over=50.0),
-     "Router noise: ramps to 0.1 over 50 steps"),
+    (dict(kind="knob", name="router_noise_std", mode="ramp", value=0.125, over=50.0),
+     "Router noise: ramps to 0.125 over 50 steps"),
     (dict(kind="knob", name="lr_scale", mode="follow", value=float("nan")),
      "Learning-rate scale: follows its schedule"),
+    (dict(kind="knob", name="grad_clip", mode="hold", value=0.12345, finding="clipping"),
+     "Gradient clip: held at 0.1235, in answer to clipping"),
+    (dict(kind="finding", state="here", level="watch", text="too flat"), "Watch: too flat"),
+    (dict(kind="finding", state="gone", level="alarm", text="too flat"), "Gone: too flat"),
     (dict(kind="note", text="sharper now"), "Note: sharper now"),
     (dict(kind="checkpoint", name="before sharpening", text=None), "Checkpoint: before sharpening"),
     (dict(kind="checkpoint", name="step 4", step=4), "Checkpoint"),
@@ -32,14 +37,20 @@ def test_each_step_has_one_mark_that_says_all_of_it():
         dict(step=9, kind="note", text="late"), dict(step=4, kind="note", text="first"),
         dict(step=4, kind="knob", name="grad_clip", mode="hold", value=0.5),
         dict(step=12, kind="error", text="stopped"), dict(step=12, kind="note", text="why?"),
-        dict(step=13, kind="mirror", text="shown elsewhere")))  # no more than the log needs to say
-    assert marks.steps == (4, 9, 12)
-    assert marks.symbols == ("diamond", "circle", "x")
+        dict(step=13, kind="mirror", text="shown elsewhere"),  # no more than the log needs to say, as are these
+        *(dict(step=14, kind="finding", state=state, level=level, text="")
+          for state, level in (("gone", "alarm"), ("here", "watch"))),
+        dict(step=15, kind="finding", state="here", level="alarm", text="one expert has all")))
+    assert marks.steps == (4, 9, 12, 15)
+    assert marks.symbols == ("diamond", "circle", "x", "triangle-down")
     assert marks.texts[0] == "<b>step 4</b><br>Note: first<br>Gradient clip: held at 0.5"
     trace = marks.trace("#000000")
     at_bottom = trace["y"] == 0
-    assert trace["x"][at_bottom].tolist() == [4, 9, 12]
-    assert [trace["text"][i] for i in at_bottom.nonzero()[0]] == list(marks.texts)
+    assert trace["x"][at_bottom].tolist() == [4, 9, 12, 15]
+    assert [(trace["text"][i], trace["marker"]["opacity"][i]) for i in at_bottom.nonzero()[0]] == [
+        (text, 1) for text in marks.texts]
+    assert sum(trace["marker"]["opacity"]) == 4
+    assert KNOB_TITLES.keys() == KNOBS.keys() and len(set(KNOB_TITLES.values())) == len(KNOBS)
 
 
 def test_the_lines_of_many_marks_are_pale_and_the_marks_are_not():
@@ -62,8 +73,8 @@ def test_what_is_hovered_is_never_longer_than_a_chart_is_tall():
     """A long note is cut, and so is a long list of events; neither is where it is short."""
     long = dict(step=1, kind="note", text="word " * 200)
     assert Marks.of(events(long)).texts[0].count("<br>") == LINES
-    text = Marks.of(events(*[dict(step=1, kind="note", text="short")] * (MOST + 3))).texts[0]
-    assert text.count("short") == MOST and text.endswith("and 3 more, in the log")
+    text = Marks.of(events(*(dict(step=1, kind="note", text=f"short {k}") for k in range(MOST + 3)))).texts[0]
+    assert text.count("short") == MOST and "short 0" in text and text.endswith("and 3 more, in the log")
 
 
 def test_a_users_words_are_never_html():

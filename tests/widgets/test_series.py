@@ -56,6 +56,8 @@ def test_shares_are_the_same_from_a_frame_in_any_order_and_from_arrays(rng):
         for name in ("steps_n", "demand_nE", "served_nE", "now_2LE"):
             np.testing.assert_array_equal(getattr(of_frame, name), getattr(of_arrays, name))
     np.testing.assert_allclose(Shares.of(np.arange(5), shares, None).served_nE, shares[:, 1].mean(1), rtol=1e-6)
+    for layer in range(3):
+        np.testing.assert_array_equal(Shares.of(np.arange(5), shares, layer).demand_nE, shares[:, 0, layer])
     with pytest.raises(ValueError, match="59 rows for 5 steps"):
         Shares.from_frame(frame.iloc[1:])
 

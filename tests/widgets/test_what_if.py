@@ -31,6 +31,26 @@ def test_it_says_what_the_preview_says_in_the_mean_and_in_the_layer_at_its_end(a
     assert "on the batch of step 3" in said
 
 
+def test_each_metric_is_said_in_the_mean_and_in_its_worst_layer_now_and_then(asked):
+    """At a temperature that sharpens: the lowest entropy, and the highest probability and demand. Nothing can drop."""
+    run, what_if = asked(n_layer=3)
+    what_if.show(("router_temp", 0.05))
+    seen = run.preview(router_temp=0.05)
+    rows = {re.sub("<[^>]*>", "", row) for row in re.findall("<tr>(.*?)</tr>", what_if.widget.value)[1:]}
+    expected = set()
+    for metric, words, form, end in (("entropy", "entropy, nats", "{:.3f}", min),
+                                     ("top1_p", "top-1 probability", "{:.3f}", max),
+                                     ("max_frac", "largest demand", "{:.1%}", max)):
+        (now, a), (then, b) = (end((values[f"router/{metric}_mean/layer_{layer}"], layer) for layer in range(3))
+                               for values in (seen.now, seen.then))
+        means = (seen.now[f"router/{metric}_mean"], seen.then[f"router/{metric}_mean"])
+        expected.add(words + " → ".join(map(form.format, means)) + " → ".join(map(form.format, (now, then)))
+                     + f" {'lowest' if end is min else 'highest'}, layer {a if a == b else f'{a} → {b}'}")
+    assert rows == expected
+    title = re.search("<p>(.*?)</p>", what_if.widget.value)[1]
+    assert title.startswith(f"<b>What if</b> Router temperature {seen.values_now['router_temp']:.3g} → <b>0.05</b>")
+
+
 def test_what_cannot_be_known_is_said_instead_of_numbers(asked):
     """Alpha acts through training alone: no table of equal numbers, but the preview's own sentence."""
     _, what_if = asked()
@@ -40,14 +60,16 @@ def test_what_cannot_be_known_is_said_instead_of_numbers(asked):
 
 
 def test_aiming_turns_nothing_and_letting_go_hides_it(asked):
-    run, what_if = asked()
-    before = run.knobs["router_temp"].value
+    run, _ = asked()
+    before, calls = run.knobs["router_temp"].value, []
+    what_if = WhatIf(lambda **turn: calls.append(turn) or run.preview(**turn))
     for value in (0.5, 0.7, 0.9):
-        what_if.show(("router_temp", value))
+        for _ in range(2):  # held still it is routed once
+            what_if.show(("router_temp", value))
         assert f"<b>{value}</b>" in what_if.widget.value
     what_if.show(None)
     assert what_if.widget.value == ""
-    assert run.events().empty
+    assert run.events().empty and len(calls) == 3
     assert (run.knobs["router_temp"].value, run.knobs["router_temp"].mode) == (before, "follow")
 
 
