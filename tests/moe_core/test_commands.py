@@ -203,7 +203,9 @@ def test_what_one_flag_implies_the_others_follow():
     assert parse("train_experimental.py --wandb_run_name a#b --n_layer 3").wandb_run_name == "a#b"
     assert parse("train_experimental.py --d_model 60 --n_head 6").experts_impl == "loop"
     assert parse("train_experimental.py --expert_width 60").experts_impl == "loop"
-    assert parse(["moe", "train", "--mirrors", "trackio, wandb"]).mirrors == "trackio,wandb"
+    line = read(["moe", "train", "--mirrors", "trackio, wandb", "--opt_list", " sophia, adamw"])
+    assert line.given == {"mirrors": "trackio,wandb", "opt_list": "sophia,adamw"}
+    assert line.config.optim.optimizer == "sophia"
 
 
 @pytest.mark.parametrize("line, said", [
