@@ -231,6 +231,17 @@ def test_one_chart_alone_is_the_chart_of_the_panel(data):
         np.testing.assert_array_equal(trace.y, panel[uid].y)
 
 
+def test_what_is_out_of_sight_is_not_drawn_but_what_is_now_stays(data):
+    """A window of steps, with a branch that begins elsewhere."""
+    metrics, experts, _ = data
+    traces, layout = panel_parts(metrics, Shares.from_frame(experts), Marks(), window=(20, 22),
+                                 others={"b": metrics.loc[15:]})
+    drawn = {trace["uid"]: trace for trace in traces}
+    for uid in ("train-loss", "expert-0-served", "others-train-loss"):
+        assert [step for step in drawn[uid]["x"] if step == step] == [19, 20, 21, 22, 23]  # one beyond on either side
+    assert all("at step 40" in layout["annotations"][k]["text"] for k in (1, 2))
+
+
 def test_a_dense_run_has_no_expert_charts(data):
     metrics, _, events = data
     dense = metrics[[name for name in metrics if not name.startswith("router/")]]

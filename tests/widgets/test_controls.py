@@ -104,7 +104,10 @@ def test_a_ramp_waits_for_its_target(tiny_run):
     assert control.mode.value == "ramp"
     control.over.value = 4
     control.slider.value = 0.2
-    run.step(5)
+    run.step(2)
+    control.refresh()
+    assert (control.number.value, control.over.value, control.mode.value) == (0.2, 4, "ramp")  # where it goes
+    run.step(3)
     lr_scale = run.metrics()["lr_scale"]
     assert lr_scale.to_list() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
     assert len(run.events()) == 1
@@ -117,7 +120,10 @@ def test_hold_keeps_the_present_value_and_follow_goes_back(tiny_run):
     present = run.knobs["router_temp"].value
     control.mode.value = "hold"
     run.step(2)
-    assert run.knobs["router_temp"].value == present != run.knobs["router_temp"].scheduled
+    knob = run.knobs["router_temp"]
+    assert knob.value == present != knob.scheduled
+    control.refresh()
+    assert f"now <b>{present:.3g}</b></span><span>schedule {knob.scheduled:.3g}</span>" in control.says.value
     control.mode.value = "follow"
     assert run.knobs["router_temp"].value == run.knobs["router_temp"].scheduled
     assert run.events()["mode"].to_list() == ["hold", "follow"]
@@ -184,17 +190,18 @@ def test_the_log_says_which_of_several_turns_before_a_step_was_applied(tiny_run)
 def test_the_log_supersedes_no_turn_of_another_step_or_branch_and_marks_what_went_wrong():
     """Where each line stands, newest first, at the time when it happened."""
     turn = {"kind": "knob", "name": "grad_clip", "mode": "hold", "value": 0.5}
-    finding = {"kind": "finding", "level": "alarm", "text": "one has all"}
+    finding, fault = {"kind": "finding", "level": "alarm", "text": "one has all"}, "NonFiniteError: grad"
+    events = [{"id": k, "step": step, "branch": branch, "kind": said["kind"], "payload": said, "applied": 60.0 * k}
+              for k, (step, branch, said) in enumerate((
+                  (1, "main", turn), (1, "b", turn), (2, "b", turn), (3, "b", finding | {"state": "here"}),
+                  (4, "b", finding | {"state": "gone"}), (5, "b", {"kind": "nonfinite", "text": fault})))]
     log = Log()
-    log.write_events([
-        {"id": k, "step": step, "branch": branch, "kind": said["kind"], "payload": said, "applied": 60.0 * k}
-        for k, (step, branch, said) in enumerate((
-            (1, "main", turn), (1, "b", turn), (2, "b", turn), (3, "b", finding | {"state": "here"}),
-            (4, "b", finding | {"state": "gone"}), (5, "b", {"kind": "nonfinite", "text": "NonFiniteError: grad"})))][::-1])
+    log.write_events(events[::-1])
     lines = re.findall(r"<div><span>(.*?)</span><span( class=\"moe-error\")?>(.*?)</span></div>", log.widget.value)
     assert [(words, bool(wrong)) for _, wrong, words in lines] == [
         ("Not finite: grad · step 5", True), ("Gone: one has all · step 4", False),
-        ("Alarm: one has all · step 3", True), *((f"Gradient clip: held at 0.5 · applied at step {step}", False) for step in (2, 1, 1))]
+        ("Alarm: one has all · step 3", True),
+        *((f"Gradient clip: held at 0.5 · applied at step {step}", False) for step in (2, 1, 1))]
     assert [clock for clock, *_ in lines] == [
         time.strftime("%H:%M:%S", time.localtime(60 * k)) for k in range(5, -1, -1)]
 

@@ -133,6 +133,7 @@ def test_saturation_is_drawn_to_the_step_that_it_is_compared_with(tiny_run):
     figure(specialisation.saturation(table.iloc[:0])).to_json()
     drawn = overview(run.inspect(), since=table)
     assert {line["uid"] for line in lines} < {trace.uid for trace in drawn.data}
+    assert drawn.layout.xaxis2.matches is None  # steps do not move with the layers beside them
 
 
 def test_a_view_holds_the_text_and_the_charts(inspected):
