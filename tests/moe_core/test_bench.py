@@ -81,8 +81,11 @@ def test_the_mfu_is_of_the_very_card_and_of_the_type_that_is_computed_in(card, d
     """What the maker states is of bfloat16, and of cards of one generation it differs."""
     config = preset("nano", n_layer=1, batch_size=1, block_size=16, gradient_accumulation_steps=1)
     about = {"device": card, "matmul_flops": 400.0}
-    assert len(list(command.compare(arguments("--only", "ours dense"), config, CPU, dtype, about))) == 1
+    row, = command.compare(arguments("--only", "ours dense"), config, CPU, dtype, about)
     assert f"over {said} TFLOP/s" in capsys.readouterr().out
+    dense = sides.dense_twin(config)
+    flops = Transformer(dense.model, dense.router).flops_per_token() * row["tokens_s"]
+    assert row["mfu"] == pytest.approx(flops / (float(said.split()[-1]) * 1e12))
 
 
 def test_when_the_time_is_over_the_rows_so_far_stand_and_the_rest_is_named(tmp_path, capsys):

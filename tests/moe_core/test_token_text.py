@@ -24,9 +24,9 @@ def test_a_token_that_is_a_part_of_a_character_keeps_its_bytes():
 def test_each_token_is_of_the_class_that_its_place_in_the_text_gives_it():
     """Words by where they begin, reserved words as a whole, and what is no text on its own."""
     tokens = ["def", " mea", "sure", "(", "x", "1", "):", "\n    ", " return", " ", "12", ".5", " if", "fy",
-              b"\xf0\x9f", b"\x8e\x88", "\t", "<end>", "naïve"]
+              b"\xf0\x9f", b"\x8e\x88", "\t", "end", "naïve"]
     own = [t.encode() if isinstance(t, str) else t for t in tokens]
-    special = [t == "<end>" for t in tokens]
+    special = [t == "end" for t in tokens]  # of which no word is a part
     assert [CLASSES[c] for c in classes_of(pieces_of(own), special)] == [
         "keyword", "word start", "continuation", "punctuation", "word start", "continuation", "punctuation", "newline",
         "keyword", "space", "number", "number", "word start", "continuation", "byte", "punctuation", "space", "special",
