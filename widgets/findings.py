@@ -49,7 +49,7 @@ class Findings:
         self.view = FindingsView()
         self.pause = ipw.Checkbox(description="Pause on alarm", indent=False,
                                   tooltip="Pause training when an alarm appears that was not there")
-        self.widget = ipw.Box([self.view, self.pause])
+        self.widget = ipw.Box([self.view, self.pause, self.view.said])
         self.widget.add_class("moe-findings-bar")
         click = log.guarded(self._click)
         self.view.on_msg(lambda _, content, __: click(content))
@@ -160,10 +160,8 @@ class Findings:
                 shown[rule] = row | {"past": True, "levers": ""}
         self._last = shown
         order = sorted(shown.values(), key=lambda row: (row["past"], -_rank(row["level"])))
-        with self.view.hold_sync():
-            self.view.summary = _summary(order, [f for f in found if f.level == "ok"], len(rows) >= WINDOW,
-                                         bool(self._run.config.model.n_experts))
-            self.view.rows = order
+        self.view.say(_summary(order, [f for f in found if f.level == "ok"], len(rows) >= WINDOW,
+                               bool(self._run.config.model.n_experts)), order)
 
     def _row(self, same: list[Finding], rows: pd.DataFrame, step: int) -> dict:
         """``same``: the findings of one rule, worst first."""

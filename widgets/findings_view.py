@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
 import anywidget
-from traitlets import Dict, List, Unicode
+import ipywidgets as ipw
+from traitlets import Instance
 
 SHORT = 3  # rows that are shown until more is asked for
 
+# anywidget gives a widget two seconds to be ready, and no message ever after; a page that is loaded on a busy machine
+# takes longer, and the findings would stand still. So what they say comes in a widget of ipywidgets' own.
 _ESM = f"""
 const SHORT = {SHORT};
 export default {{
-  render({{ model, el }}) {{
+  async render({{ model, el }}) {{
+    const said = await model.widget_manager.get_model(model.get("said").replace("IPY_MODEL_", ""));
     const head = document.createElement("div"), list = document.createElement("div");
     const more = document.createElement("button");
     head.className = "moe-findings-head"; list.className = "moe-findings-list";
@@ -21,9 +27,9 @@ export default {{
     const put = (node, html) => {{ if (node.moeHtml !== html) node.innerHTML = node.moeHtml = html; }};
     const draw = () => {{
       if (held) return;  // a button that moves between press and release is never clicked
-      const rows = model.get("rows"), focus = document.activeElement?.dataset?.lever;
+      const {{ rows, summary }} = JSON.parse(said.get("value")), focus = document.activeElement?.dataset?.lever;
       const old = new Map([...list.children].map((row) => [row.dataset.rule, row]));
-      put(head, model.get("summary"));
+      put(head, summary);
       rows.forEach((row, i) => {{
         let node = old.get(row.rule);
         old.delete(row.rule);
@@ -58,13 +64,11 @@ export default {{
       model.send({{ lever: button.dataset.lever }});
     }});
     more.addEventListener("click", () => {{ all = !all; draw(); }});
-    model.on("change:rows", draw);
-    model.on("change:summary", draw);
+    said.on("change:value", draw);
     draw();
     return () => {{
       for (const end of ["pointerup", "pointercancel", "blur"]) window.removeEventListener(end, release);
-      model.off("change:rows", draw);
-      model.off("change:summary", draw);
+      said.off("change:value", draw);
     }};
   }},
 }};
@@ -122,9 +126,14 @@ class FindingsView(anywidget.AnyWidget):
 
     _esm = _ESM
     _css = _CSS
-    rows = List(Dict()).tag(sync=True)
-    summary = Unicode("").tag(sync=True)
+    said = Instance(ipw.HTML).tag(sync=True, **ipw.widget_serialization)
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self):
+        super().__init__(said=ipw.HTML(layout={"display": "none"}))
         self.add_class("moe-findings")
+        self.say("", [])
+
+    def say(self, summary: str, rows: list[dict]) -> None:
+        """Show these."""
+        self.summary, self.rows = summary, rows
+        self.said.value = json.dumps({"summary": summary, "rows": rows})

@@ -22,6 +22,14 @@ SETTINGS = {  # a page that asks nothing, saves when it is told to, and keeps ev
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
 
+# A browser that takes longer to read the scripts of the panel than anywidget waits for a widget, and what that says.
+BUSY = """
+const address = URL.createObjectURL;
+URL.createObjectURL = (blob) => address.call(URL, blob.size < 2000 ? blob : new Blob(
+    ["await new Promise((go) => setTimeout(go, 2500));", blob], {type: blob.type}));
+"""
+LATE = "[anywidget] Failed to initialize model"
+
 
 def until(true: Callable, what: str, seconds: float = 60):
     """Poll until ``true()`` is truthy and return that; AssertionError with ``what`` after ``seconds``."""
