@@ -213,8 +213,9 @@ def _regularisation(record: Record) -> list[str]:
     alpha, coef = record.series("router/load_balance_alpha")[1], record.series("router/z_loss_coef")[1]
     z, total = record.series("router/z_mean")[1], record.series("train/loss")[1]
     if len(alpha) and alpha[-1] > 0:
+        on = alpha[-n:] > 0  # it may have been turned on just now
         said.append(f"The balance term is {number(balance)} at alpha {number(alpha[-1])}, the mean of the last {n}: "
-                    f"{number(float((aux[-n:] / np.maximum(alpha[-n:], 1e-12)).mean()))} before it is weighted, where "
+                    f"{number(float((aux[-n:][on] / alpha[-n:][on]).mean()))} before it is weighted, where "
                     f"1 is balanced and {number(record.n_experts / record.top_k)} collapsed.")
     elif len(alpha):
         said.append("The balance term has no weight: alpha is 0.")

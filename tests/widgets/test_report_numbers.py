@@ -40,6 +40,7 @@ def logged(tiny, tmp_path):
     frame["router/entropy_mean"] = frame.filter(like="entropy").mean(axis=1)
     frame["router/active_min"], frame["router/collapsed"] = 4.0, 0.0
     frame.loc[[20, 200], "router/active_min"] = 1.0, 2.0
+    frame.loc[200, ["router/aux_mean", "router/load_balance_alpha"]] = 0.0
     frame.loc[[10, 30], "router/collapsed"] = 1.0
     frame["grad/clipped_cum"] = np.cumsum(rng.integers(0, 3, 120))
     shares = np.stack([rng.dirichlet(weights, (120, 2)) for weights in ([4, 3, 1, 2], [30, 10, 20, 15])], 1)
