@@ -77,10 +77,15 @@ def test_a_length_that_is_no_whole_number_is_refused_as_it_was_typed(tiny_run):
     for typed in (1.5, 0, -5):
         control.over.value = typed
         assert "must be an integer, at least 1" in control.says.value
+    control.over.value = 1.5
+    control.number.value = 0.5
+    assert "must be an integer" in control.says.value and run.events().empty
     control.over.value = 1e3
     assert "must" not in control.says.value
     control.number.value = 0.5
     assert (run.knobs["lr_scale"].over, len(run.events())) == (1000, 1)
+    control.over.value = 8
+    assert (run.knobs["lr_scale"].over, run.knobs["lr_scale"].target) == (8, 0.5)
 
 
 @pytest.mark.parametrize(("changes", "words"), (
@@ -111,6 +116,8 @@ def test_a_ramp_waits_for_its_target(tiny_run):
     lr_scale = run.metrics()["lr_scale"]
     assert lr_scale.to_list() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2])
     assert len(run.events()) == 1
+    control.mode.value = "hold"
+    assert run.knobs["lr_scale"].target == 0.2  # where it is, not where its schedule would be
 
 
 def test_hold_keeps_the_present_value_and_follow_goes_back(tiny_run):
