@@ -30,7 +30,7 @@ from moe_core.store import RunStore
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["BANDS", "RULES", "Finding", "Lever", "Reading", "Rule", "Shape", "View", "answer", "findings",
+__all__ = ["BANDS", "RULES", "Finding", "Lever", "Reading", "Rule", "Shape", "View", "answer", "by_rule", "findings",
            "healthy_band", "recent", "spike", "sustained"]
 
 RECENT = 4 * WINDOW  # logged steps that a reading looks at
@@ -58,6 +58,15 @@ def findings(metrics: pd.DataFrame, knobs: Mapping[str, float], n_experts: int, 
         of_layers = [_worst([r for r in same if r.layers], columns, steps, shape, layer, knobs) for layer in layers]
         heard += _told(whole, [f for f in of_layers if f is not None and f.level != "ok"], len(layers))
     return sorted(heard, key=lambda f: -LEVELS.index(f.level))  # stable: the order of the rules within a level
+
+
+def by_rule(found: Sequence[Finding]) -> dict[str, list[Finding]]:
+    """The findings that are not "ok", by the name of their rule; both in the order of ``found``, worst first."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in found:
+        if finding.level != "ok":
+            groups.setdefault(finding.rule, []).append(finding)
+    return groups
 
 
 def _told(whole: Finding | None, of_layers: list[Finding], n_layers: int) -> list[Finding]:

@@ -149,12 +149,8 @@ class Findings:
     # ---- the list ----------------------------------------------------------------------------------------
 
     def _show(self, found: list[Finding], rows: pd.DataFrame, step: int) -> None:
-        groups: dict[str, list[Finding]] = {}
         self._earlier, self._levers = self._levers, {}
-        for finding in found:
-            if finding.level != "ok":
-                groups.setdefault(finding.rule, []).append(finding)
-        shown = {rule: self._row(same, rows, step) for rule, same in groups.items()}
+        shown = {rule: self._row(same, rows, step) for rule, same in health.by_rule(found).items()}
         for rule, row in self._last.items():
             if rule not in shown and rule in self._standing:
                 shown[rule] = row | {"past": True, "levers": ""}

@@ -21,6 +21,7 @@ from moe_core.health import Finding
 from moe_core.knobs import Knobs
 from moe_core.provenance import DATA, META
 from moe_core.rules import WINDOW
+from moe_core.storage.rows import written
 from moe_core.storage.schema import STEP_MAX
 from moe_core.store import Branch, RunStore, Steps, StoreError
 from widgets.feed import NAMES, ROUTER_NAMES
@@ -118,11 +119,7 @@ class Record:
     @property
     def asking(self) -> list[list[Finding]]:
         """The findings that are not fine, those of one rule together and its worst first, as the panel lists them."""
-        groups: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            if finding.level != "ok":
-                groups.setdefault(finding.rule, []).append(finding)
-        return list(groups.values())
+        return list(health.by_rule(self.findings).values())
 
     def counted(self) -> dict[str, int]:
         """How many rules are at each level, the worst level first; those that none is at are left out."""
@@ -158,7 +155,7 @@ def _rows(store: RunStore, branch: int) -> tuple[Steps, Shares | None, np.ndarra
 def _whole(said):
     """The same, without half characters and control characters: JSON can hold what no file of text can."""
     if isinstance(said, str):
-        return _CONTROL.sub("", said.encode(errors="replace").decode())
+        return _CONTROL.sub("", written(said))
     if isinstance(said, dict):
         return {key: _whole(value) for key, value in said.items()}
     return [_whole(one) for one in said] if isinstance(said, list) else said
