@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
-import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ from torch import Tensor
 from moe_core import checkpoint, origin
 from moe_core.checked import is_integer, plain
 from moe_core.config import RunConfig
-from moe_core.data import open_data
-from moe_core.data.pretrained import load_pretrained
+from moe_core.data import open_data, tokenizer_of
 from moe_core.history import History
 from moe_core.inspect import Inspection
 from moe_core.knobs import Knobs
@@ -161,25 +159,16 @@ def _of_validation(source: Source, size: int) -> Probe:
 
 def _source(run) -> Source:
     if run not in _sources:
-        trainer, name = run._trainer, run.config.data.tokenizer
-        if trainer is not None and name:  # what was streamed from afar is not streamed again
-            named = load_pretrained(name)
-            _sources[run] = Source(trainer.validation, TokenText(named.backend), named.end_of_text)
+        trainer, tokenizer = run._trainer, tokenizer_of(run.config, print)
+        if trainer is not None and run.config.data.tokenizer:
+            validation = trainer.validation  # what was streamed from afar is not streamed again
         else:
             data = open_data(run.config, pin=False, say=print)
             data.train.close()
-            _sources[run] = Source(data.validation, TokenText(_tokenizer(data.tokenizer)), data.end_of_text)
+            validation = data.validation
+        text = TokenText(None if tokenizer is None else tokenizer.backend)
+        _sources[run] = Source(validation, text, None if tokenizer is None else tokenizer.end_of_text)
     return _sources[run]
-
-
-def _tokenizer(name: str | None):
-    if name is None:
-        return None
-    if os.path.isfile(name):
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(name)
-    return load_pretrained(name).backend
 
 
 # ---- the weights -----------------------------------------------------------------------------------------------
