@@ -138,7 +138,7 @@ def test_text_jsonl_and_parquet_of_the_same_documents_are_the_same_corpus(docs, 
         file.rename(place / file.name)
     (folder / "ignored.csv").write_text("not,text")
     (folder / ".hidden.txt").write_text("not wanted")
-    paths = [folder, save_jsonl(tmp_path / "rows.jsonl", docs), save_parquet(tmp_path / "rows.parquet", docs)]
+    paths = [folder, save_jsonl(tmp_path / "rows [1].jsonl", docs), save_parquet(tmp_path / "rows [1].parquet", docs)]
     assert [list(documents(config(path))) for path in paths] == [docs] * 3
     assert len({load(path).key for path in paths}) == 1
     assert list(documents(config(tmp_path / "text ?1]" / "**" / "*.py"))) == docs[1::3]

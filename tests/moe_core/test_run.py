@@ -191,6 +191,25 @@ def test_a_turn_acts_after_a_step_whose_row_waits_for_the_disk(tiny_run, monkeyp
     assert (run.replay()["largest"] == 0).all()
 
 
+def test_a_wish_that_a_full_disk_refuses_waits_for_the_next_step(tiny_run, monkeypatch):
+    """It stops the training, is not lost, and is written once there is room."""
+    run = tiny_run()
+    run.step(1)
+    real = run._trainer.train.next
+
+    def meanwhile():
+        run._trainer.train.next = real
+        run.note("kept")
+        return real()
+    with monkeypatch.context() as patch, pytest.raises(StoreError):
+        patch.setattr(run.store, "log_event", lambda *event, **how: (_ for _ in ()).throw(StoreError("disk is full")))
+        run._trainer.train.next = meanwhile
+        run.step(3)
+    assert [wish.kind for wish in run.session.pending()] == ["note"]
+    run.step(1)
+    assert run.session.pending() == [] and list(run.events()["kind"])[-1] == "note"
+
+
 def test_chunks_asked_for_together_add_up(tiny_run):
     """n steps are n steps, whoever asked: a chunk of 20 in the background and a cell's 5 make 25."""
     run = tiny_run()
