@@ -45,10 +45,10 @@ def effects(store: RunStore, branch: int, window: int = WINDOW) -> pd.DataFrame:
     """One row for every turn of a knob on a branch's line and every metric, by step.
 
     Columns: step (the first that the turn acted on), knob, from, to, metric, before and after (means over the
-    windows), difference, low, high, stands_out (<NA> where there are too few values), n_effective (roughly so many
-    independent values would have as sure a mean as those of both windows, of which neighbours are alike), said (what
-    cut a window, or was too little). A count that only grows, ``..._cum``,
-    is read as its growth a step. Raises ValueError for a window of fewer than 20 steps.
+    windows), difference, low, high, stands_out (<NA> where there are too few values), n_effective (roughly how
+    many independent values would give as certain a mean as the autocorrelated ones of both windows), said (what cut a
+    window short, or what was missing). A count that only grows, ``..._cum``, is read as its growth per step. Raises
+    ValueError for a window of fewer than 20 steps.
     """
     if not is_integer(window := plain(window), ENOUGH):
         raise ValueError(f"window = {window!r}: must be an integer, at least {ENOUGH}")

@@ -45,8 +45,8 @@ class Face:
     def step(self, n: int = 1) -> None:
         """Do ``n`` optimizer steps and wait for them, with a progress bar where tqdm is installed.
 
-        An interrupt pauses at the next step boundary. Raises ValueError where ``n`` is no integer of at least 1, and
-        what training raised: NonFiniteError, MemoryLimitError, StoreError, DataError.
+        An interrupt pauses at the next step boundary. Raises ValueError unless ``n`` is an integer of at least 1, and
+        whatever training raises: NonFiniteError, MemoryLimitError, StoreError, DataError.
         """
         n = plain(n)
         self.session.start(n)
@@ -125,14 +125,14 @@ class Face:
     def effects(self, window: int = effects.WINDOW):
         """DataFrame: each turn of a knob, each metric before and after it, and whether it stands out from the noise.
 
-        ``window``: steps before the turn and from it on. How it is told is in ``moe_core.effects``.
+        ``window``: steps before the turn, and from it on. The test is described in ``moe_core.effects``.
         """
         return effects.effects(self.store, self._branch.id, window)
 
     def report(self, path: str | os.PathLike, *, static: bool = False, gates: Sequence[str] = (),
                baselines: Sequence = (), snapshots: Sequence[int] | None = None, title: str | None = None,
                inspection: Inspection | None = None) -> Path:
-        """Write the experiment up from the store, as .html, .md or .ipynb by the end of ``path``; returns the path.
+        """Write the experiment up from the store, as .html, .md or .ipynb by the suffix of ``path``; returns it.
 
         ``gates``: lines of :mod:`moe_core.gates`, passed or failed. ``baselines``: runs to compare with, or their
         paths. ``snapshots``: steps to show in full. ``static``: an HTML without script. ``inspection``: what
@@ -154,14 +154,14 @@ class Face:
         ``texts``: a text, a list of them, or a mapping of kinds ("prose", "code") to those; each is a document, read
         from its start, cut into windows of block_size, 65,536 tokens in all. None: up to 4,096 tokens of the run's
         validation windows, spread evenly, the same at every call. ``step``: None is now; a step of this line whose
-        state is kept, 0 is the start; or the name of a checkpoint. Knobs are as the step after it has them. The run
-        itself does not move, and may be training. Raises ValueError for what cannot be asked.
+        state is kept, 0 is the start; or the name of a checkpoint. Router knobs have the values of the step after it.
+        The run itself is not changed, and may be training. Raises ValueError where there is nothing to inspect.
         """
         return probe.inspect(self._probed, texts, step)
 
     def saturation(self, steps: int | str | Iterable[int | str] | None = None, texts=None):
-        """How much of the routing now was there at earlier steps already, on one probe. DataFrame: step, layer, then
-        saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
+        """How much of the present routing was already there at earlier steps, on the same probe. DataFrame: step,
+        layer, then saturation, changed and chance as in :meth:`Inspection.changed_since`, and the step compared with.
 
         ``steps``: one or several, as ``step`` of :meth:`inspect`; None: the start, and every state that is kept.
         """
@@ -169,21 +169,21 @@ class Face:
 
     def generate(self, prompt, max_new_tokens: int | None = None, step: int | str | None = None, *,
                  temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0):
-        """Go on with a text: a :class:`~moe_core.generation.Generation` (text, token ids, experts [L, T, K]), or for a
-        list of prompts a list of them, each of which is as long as it comes to.
+        """Continue a text. Returns a :class:`~moe_core.generation.Generation` (text, token ids, experts [L, T, K]), or
+        for a list of prompts a list of them, each with a length of its own.
 
         ``prompt``: a text ("" begins a document), or token ids. ``max_new_tokens``: None is as many as block_size
-        leaves, which no text outgrows. ``temperature`` 0 takes the likeliest token each time; else one is drawn from
-        ``seed``'s random numbers, of the ``top_k`` likeliest and of the fewest that make up ``top_p``. ``step`` as of
-        :meth:`inspect`. Router knobs are as the step after it has them, without noise; no token is dropped. The run
-        itself does not move, and may be training. Raises ValueError.
+        has room for; no text becomes longer. ``temperature`` 0 takes the likeliest token each time; otherwise one is
+        sampled, by ``seed``, from the ``top_k`` likeliest, and from the fewest whose probabilities reach ``top_p``.
+        ``step`` as in :meth:`inspect`. Router knobs have the values of the step after it, without noise; no token is
+        dropped. The run itself is not changed, and may be training. Raises ValueError.
         """
         return generation.generate(self._probed, prompt, max_new_tokens, step, temperature=temperature, top_k=top_k,
                                    top_p=top_p, seed=seed)
 
     def stream(self, prompt, max_new_tokens: int | None = None, step: int | str | None = None,
                **how) -> Iterator[generation.Generation]:
-        """What :meth:`generate` gives of one prompt, as it is being written: after the prompt and each token."""
+        """Like :meth:`generate` for one prompt, but yields the text so far: after the prompt, then after each token."""
         return generation.stream(self._probed, prompt, max_new_tokens, step, **how)
 
     def export_hf(self, folder: str | os.PathLike, step: int | str | None = None) -> Path:

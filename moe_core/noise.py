@@ -4,8 +4,8 @@ Generalised least squares with unknown noise. The noise of a logged metric is a 
 factor phi a step, an AR(1), and a fast part that each batch brings anew: its correlation between two steps d apart is
 ``(1 - w) phi^d``. Neither is known, and taking the likeliest for true finds effects where there are none; so every
 pair on a grid is tried, and the answers are averaged by the restricted likelihood (REML) of each and a prior that
-leans to long memory. Each answer is a Student t with n - C - 2 degrees of freedom, a tenth wider than its own noise
-has it: the true noise is mostly between those of the grid.
+leans to long memory. Each answer is a Student t with n - C - 2 degrees of freedom, widened by a tenth
+because the true noise mostly lies between those of the grid.
 
 n values, M series, C columns of the design.
 """
@@ -17,23 +17,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# How often something of what is tested together may stand out by chance. In simulations of noise with phi up to 0.98
-# and w up to 0.8, windows of 20 to 50 steps before and after a turn, it was 0.1 to 1.3 times this (1.4 at a thirtieth
-# of the level, as Holm's method has it): 5 in 100 is kept. For pairs see moe_core.effects.between.
+# The chance that any of the metrics tested together stands out by accident. In simulations of noise with phi up to 0.98
+# and w up to 0.8, windows of 20 to 50 steps before and after a turn, it was 0.1 to 1.3 times this (1.4 times at a
+# thirtieth of the level, as in Holm's method), so it stays within 5 in 100. For pairs see moe_core.effects.between.
 LEVEL = 0.0375
-WIDER = 1.1  # of the errors; without it, the most was 1.8 times the level
+WIDER = 1.1  # factor on the errors; without it, the chance was up to 1.8 times the level
 PHI = (0.3, 0.5, 0.7, 0.8, 0.88, 0.93, 0.96, 0.98)
 FAST = (0.0, 0.3, 0.6, 0.8)  # w
 MANY = 400  # degrees of freedom from which Wallace's (1959) normal deviate is off by less than 2e-7
-RESOLUTION = 1e-6  # metrics are kept as float32: what is smaller than this part of a value is no noise
+RESOLUTION = 1e-6  # metrics are kept as float32: what is smaller than this share of a value is rounding, not noise
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number for each of M series, mixed of what every noise on the grid would have it.
+    """One number for each of M series: a mixture of the estimates under every noise on the grid.
 
-    ``n_effective_M``: so many independent values would have as sure a mean as the n have under the likeliest noise on
-    the grid; a rough number (for 100 independent values it is mostly 100, and in one case of seven below 10).
+    ``n_effective_M``: how many independent values would give as certain a mean as the n values do under the likeliest
+    noise on the grid; a rough number (for 100 independent values it is mostly 100, and in one case of seven below 10).
     ``values_GM``, ``errors_GM`` and ``weights_GM`` are of every noise on the grid.
     """
 
@@ -46,7 +46,7 @@ class Estimate:
 
     @property
     def p_M(self) -> np.ndarray:
-        """Twice what the mixed distribution has on the other side of 0, where that is less than half of it."""
+        """Two-sided p-value: twice the share of the mixture on that side of 0 where less of it lies."""
         t_GM = self.values_GM / self.errors_GM
         return 2 * np.minimum(*((self.weights_GM * tail(side * t_GM, self.df)).sum(0) for side in (-1, 1)))
 

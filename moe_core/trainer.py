@@ -1,9 +1,9 @@
 """One optimizer step at a time: no files, no printing, no thread of its own.
 
 What the host must know of a step crosses from the device once, and a step whose loss or gradient is not finite is
-never applied. On a CPU the host looks before it updates. A GPU would stand idle meanwhile: where another step follows
-at once, the device itself withholds an update that is not finite, and every update after it, the host asks for
-the next step before it reads this one's numbers, and where they are not finite it goes back and looks.
+never applied. On a CPU the host looks before it updates. A GPU would stand idle meanwhile, so where another step
+follows at once, the host asks for that step before it reads the numbers of this one. The device itself then withholds
+an update that is not finite, and every update after it, until the host has seen it and takes that step again.
 """
 
 from __future__ import annotations
