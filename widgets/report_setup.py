@@ -52,7 +52,7 @@ def _model(config: RunConfig) -> list[tuple[str, str]]:
     if m.n_experts:
         first = f" after {m.skip_first_n_moe} dense" if m.skip_first_n_moe else ""
         shared = f", {m.n_shared_experts} shared" if m.n_shared_experts else ""
-        chosen = f"experts choose tokens, {r.top_k} a token on average"
+        chosen = f"experts choose tokens, {min(r.capacity_factor * r.top_k, m.n_experts):g} a token on average"
         picks = f"top {r.top_k}" if r.routing == "token" else chosen
         room = "dropless" if r.dropless else f"capacity factor {r.capacity_factor:g}"
         rows.append(("experts", f"{m.n_experts} of width {m.ff_width:,} in each of {m.n_moe_layer} layers{first}"

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,14 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import moe_core as mc
+from moe_core import commands
 from moe_core.effects import COLUMNS
 from moe_core.gates import check
 from moe_core.health import Finding, Lever
 from moe_core.store import MAIN, RunStore
+from moe_core.twins import active_params, total_params
 from widgets import compare
 from widgets.record import Record
-from widgets.report_blocks import Bullets, Entry, Note, State, Table, Text, Tiles
+from widgets.report_blocks import Bullets, Code, Entry, Note, State, Table, Text, Tiles
 from widgets.report_contents import _parting, _snapshots, document, effect_blocks
+from widgets.report_setup import setup
 from widgets.report_words import assessment, observations
 
 LAST = slice(-50, None)
@@ -128,6 +133,34 @@ def test_tiles_and_snapshots_are_of_their_steps(logged):
         "–", f"{ce[100]:.4g}", f"{ce[100]:.4g} (at 100)", f"{ce[240]:.4g}")
     _, quarters = _snapshots(record, None)
     assert quarters.head[1:] == ("step 60", "step 100", "step 180", "step 240")  # validated
+
+
+def test_the_setup_is_that_of_the_config(logged):
+    """Each number under its name; the command, broken to fit a page, is the run's own; a fork says where it began."""
+    *_, record = logged
+    config = record.config.replace(gradient_accumulation_steps=3, lr_decay_iters=77, learning_rate=0.002, min_lr=1e-4,
+                                   optimizer="adamw", seed=7)
+    parts = setup(replace(record, config=config, parent={"path": "/p", "branch": "main", "step": 40}))
+    table, changes = (part for part in parts if isinstance(part, Table))
+    rows = dict(table.rows)
+    assert rows["forked from"] == "`/p` at step 40" and rows["seed"] == "7"
+    assert rows["batch"] == "12 sequences in 3 micro-batches, 384 tokens a step"
+    assert rows["steps"] == "240 of 500 planned; 92,160 tokens seen"
+    assert rows["optimizer"] == ("`adamw`, learning rate 0.002 to 0.0001, 5 steps of warmup, decay until step 77, "
+                                 "gradient clip 1")
+    assert rows["parameters"] == (f"{total_params(config):,}, of which a token is multiplied with "
+                                  f"{active_params(config):,}")
+    assert rows["experts"] == "4 of width 48 in each of 2 layers; top 1; dropless; balance `aux`"
+    nano = mc.preset("nano").flat()
+    assert [row[0] for row in changes.rows] == [
+        f"`{key}`" for key, value in config.flat().items() if value != nano[key]]
+    assert ("`seed`", f"`{nano['seed']}`", "`7`") in changes.rows and changes.head[1:] == ("`nano`", "here")
+    command, = (part.text for part in parts if isinstance(part, Code))
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(commands.spell(config))
+    assert max(map(len, command.split("\n"))) < 100
+    chosen = record.config.replace(routing="expert", dropless=False, balance="none", capacity_factor=1.5, top_k=2)
+    table = next(part for part in setup(replace(record, config=chosen)) if isinstance(part, Table))
+    assert "; experts choose tokens, 3 a token on average; capacity factor 1.5;" in dict(table.rows)["experts"]
 
 
 def test_what_a_turn_brought_is_said_on_its_side_and_once():
