@@ -110,11 +110,11 @@ class Run(Timeline, Face):
                upcycle_noise: float = finetune.NOISE, init_from_hf: str | os.PathLike | None = None) -> Run:
         """Start a new run in ``path``, which must not exist; ``say`` hears what preparing the data takes.
 
-        Its weights are fresh, or those of one other place, under schedules and a step counter that begin anew, and it
-        remembers its parent (``store.get_meta("parent")``). The tokenizer comes with them where the config names none.
+        Its weights are fresh, or taken from one other place; then schedules and step counter still begin anew, the run
+        remembers its parent (``store.get_meta("parent")``), and the tokenizer comes along if the config names none.
 
-        ``init_from``: a run (as it is now), its directory, or the file of a checkpoint; with ``keep_optimizer`` what
-        its optimizer has gathered too. ``upcycle_from``: the same of a dense model, whose MLP becomes every expert,
+        ``init_from``: a run (as it is now), its directory, or the file of a checkpoint; with ``keep_optimizer`` its
+        optimizer's state too. ``upcycle_from``: the same of a dense model, whose MLP becomes every expert,
         each weight with noise of ``upcycle_noise`` times the root mean square of its matrix, from the config's seed
         (:mod:`moe_core.finetune` says what that computes). ``init_from_hf``: a folder of ``transformers``.
 
@@ -139,7 +139,7 @@ class Run(Timeline, Face):
     def open(cls, path: str | os.PathLike) -> Run:
         """The run in ``path``; the same object as before if this process has it open already.
 
-        Raises StoreError where ``path`` is no run, is newer than this code, or another process is writing it.
+        Raises StoreError where ``path`` is not a run, is newer than this code, or is being written by another process.
         """
         if (known := _open_runs.get(Path(path).resolve())) is not None:
             if not known.session.closed:
@@ -205,7 +205,7 @@ class Run(Timeline, Face):
         self.store.log_event(self._branch.id, self._step, "alert", {"text": f"{command.kind}: {error}"})
 
     def record_error(self, error: BaseException) -> None:
-        """Write down what stopped training. For the session."""
+        """Record what stopped training. For the session."""
         kind, where = "memory" if isinstance(error, MemoryLimitError) else "error", {}
         if isinstance(error, NonFiniteError):
             kind, where = "nonfinite", {"term": error.term, "where": error.where}
@@ -216,7 +216,7 @@ class Run(Timeline, Face):
         """What the routers would do with the last batch at these knob values: ``run.preview(router_temp=1.6)``.
 
         Nothing is trained and no random number of the run is used; it may be asked while the run trains. Knobs
-        that are not named keep the values that the batch had. Raises KnobError for a knob that the run has not or a
+        that are not named keep the values that the batch had. Raises KnobError for a knob that the run lacks or a
         value out of its range, RuntimeError where no step was trained since the run was opened or moved.
         """
         return preview(self._trainer, self.config, values)
