@@ -365,7 +365,7 @@ def test_ids_beyond_two_bytes_stay_whole(stream, rows, texts, corpus):
     """Of a vocabulary of more than 65,536: in a stream, through a process too, in its validation, and in the cache."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    backend = Tokenizer(models.WordLevel({"import": 3, "[UNK]": 70_000}, unk_token="[UNK]"))
+    backend = Tokenizer(models.WordLevel({".": 3, "[UNK]": 70_000}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     wide, key = of_backend("wide", backend, 66_000), os.urandom(4).hex()
     assert wide.vocab_size == 70_001 and wide.digest != of_backend("wide", backend, 3).digest
