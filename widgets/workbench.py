@@ -97,6 +97,10 @@ class Workbench(ipw.VBox):
         self.live.start()
         _panels[place] = self
 
+    def __repr__(self) -> str:
+        # What a saved notebook shows without a kernel.
+        return f"Workbench({Path(self.run.path).name!r}, step {self._shown.step}, {self._shown.state})"
+
     def start(self, n: int) -> None:
         """Train ``n`` steps more, as the Run button does; returns at once. Wait with ``session.wait()``."""
         self.session.start(n)

@@ -156,6 +156,7 @@ def test_a_run_that_is_opened_again_shows_its_whole_history(tiny_run, bench):
     again = mc.Run.open(run.path)
     try:
         panel = bench(again)
+        assert panel._repr_mimebundle_()["text/plain"] == f"Workbench({run.path.name!r}, step 12, idle)"
         same_figure(panel.live.figure, panel_figure(again.metrics(per_layer=True), again.experts(), again.events(),
                                                      others={}, top_k=1))
         assert "before the restart" in panel.journal.widget.value
