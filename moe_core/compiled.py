@@ -23,8 +23,8 @@ LONG = 1e14  # FLOP of a whole run
 
 
 def pays(config: RunConfig, device: torch.device, flops_per_token: int) -> bool:
-    """Whether a run is to be compiled: as its config says, and where that leaves it open, on CUDA always, on a CPU
-    where the steps that it plans are so much work that they repay a compile of a minute or two.
+    """Whether a run is to be compiled: as its config says; where that leaves it open, on CUDA always, and on a CPU if
+    the planned steps are enough work to repay a minute or two of compiling.
     """
     if config.compile is not None or config.compile_obstacle:
         return bool(config.compile)
@@ -44,7 +44,7 @@ class Computing:
         return self._compute(tokens_BS, targets_BS, controls, *self.model.draw(tokens_BS, generator), return_logits)
 
     def or_eager(self, work: Callable[[], Got]) -> Got:
-        """What ``work`` gives; where the compiler fails in it, what it gives without, from now on."""
+        """What ``work`` gives. Where the compiler fails in it, it is done again without, and so is all that follows."""
         try:
             return work()
         except Exception as error:
@@ -70,9 +70,10 @@ def compiled(compute: Callable) -> Callable:
 
 
 def _keep_code() -> None:
-    """Have torch keep what it compiles beside prepared tokens: its own choice is lost at a restart of the machine.
+    """Have torch keep compiled code beside the prepared tokens: its default folder is lost when the machine restarts.
 
-    A folder that the user named in ``TORCHINDUCTOR_CACHE_DIR`` stands, and torch's own where ours cannot be written.
+    A folder that the user named in ``TORCHINDUCTOR_CACHE_DIR`` is left alone; where ours cannot be written, torch's
+    default stays.
     """
     folder = cache_root() / "compiled"
     with contextlib.suppress(OSError):

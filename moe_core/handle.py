@@ -75,8 +75,8 @@ class KnobHandle:
         self._post("follow")
 
     def hold(self, value: float, finding: str | None = None, why: str | None = None) -> None:
-        """Stay at ``value``. Raises KnobError out of range. For the log: the rule of the ``finding`` that it answers,
-        and its words, ``why``.
+        """Stay at ``value``. Raises KnobError out of range. ``finding`` and ``why`` are for the log: the rule of the
+        finding that this answers, and its text.
         """
         self._post("hold", finding, why, value=value)
 

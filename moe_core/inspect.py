@@ -132,7 +132,7 @@ class Inspection:
         return Coactivation(*(pd.DataFrame(values, index=rows, columns=columns) for values in (counts, lift)))
 
     def changed_since(self, earlier: Inspection):
-        """What the routers do otherwise than at another step, on the same probe. DataFrame, index layer:
+        """How the routing differs from that of another step, on the same probe. DataFrame, index layer:
 
         ``changed``: share of tokens whose set of experts is not the same; ``saturation``: share of picks that are in
         both sets, 1 when nothing changed (router saturation, Muennighoff et al. 2024, "OLMoE"); ``chance``: what it

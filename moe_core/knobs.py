@@ -151,8 +151,8 @@ class Knobs(dict[str, Knob]):
         self[turn["name"]].turn(turn["mode"], turn.get("value"), turn.get("over"), step)
 
     def replay(self, turns: Iterable[tuple[int, Mapping]]) -> None:
-        """Every knob as (step, turn) after (step, turn) leave it, from its schedule on. A fork may lack a knob that its
-        parent turned; that turn says nothing to it.
+        """Set every knob as these (step, turn), in order, leave it, starting from its schedule. A turn of a knob that
+        this run lacks is skipped: a fork may lack one that its parent turned.
         """
         for knob in self.values():
             knob.setting = Setting()

@@ -1,4 +1,4 @@
-"""With what a run was made: versions and hardware, as they were at its creation. No name of a person or a host."""
+"""What a run was made with: versions and hardware, as they were at its creation. No name of a person or a host."""
 
 from __future__ import annotations
 

@@ -54,11 +54,11 @@ def moe_twin(dense: RunConfig, n_experts: int = 8, **changes) -> RunConfig:
 
 
 def finer(config: RunConfig, times: int) -> RunConfig:
-    """The MoE with ``times`` as many experts, each ``times`` as narrow, of which a token meets ``times`` as many: fine-
-    grained experts (Dai et al. 2024, DeepSeekMoE).
+    """The MoE with ``times`` as many experts, each a ``times``-th as wide, of which a token meets ``times`` as many:
+    fine-grained experts (Dai et al. 2024, DeepSeekMoE).
 
-    As many weights in experts, held and met, shared ones included; only the router grows, by its rows. Shares are read
-    as before, as shares of assignments, beside a fair share of 1/E that is ``times`` as small. Raises ConfigError for a
+    The weights in experts stay as many, in all and for a token, shared ones included; only the router grows. Shares
+    are still shares of assignments, but the fair share 1/E is a ``times``-th of what it was. Raises ConfigError for a
     dense model, and where the width cannot be divided into multiples of 8.
     """
     model, router = config.model, config.router

@@ -1,4 +1,4 @@
-"""Things made ready ahead by a thread, while the place that a checkpoint saves is that of what was taken."""
+"""Items made ready ahead by a thread; the place that a checkpoint saves is the one after the last item taken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXIT_SECONDS = 10.0  # that the interpreter's end waits for a thread that is in
 
 
 class _Line:
-    """One life of the thread, and all that it shares with the other side. It knows nobody who could hold it."""
+    """One run of the thread, and all that it shares with :class:`Ahead`, to which it holds no reference."""
 
     def __init__(self, make: Callable[[Any, threading.Event], Iterator[tuple[Any, Any]]], place: Any, depth: int):
         self.stop = threading.Event()

@@ -1,7 +1,7 @@
 """Balancing without a loss: a bias on the selection that follows the load (Wang et al. 2024, arXiv:2408.15664).
 
-An expert that more than its share of a step's assignments asked for is picked less readily in the next, and the
-other way round. The bias decides who is picked and never with what weight, so no gradient flows through it.
+An expert that more than its share of a step's assignments asked for is picked less readily in the next step, and vice
+versa. The bias decides which experts are picked, never their weights, so no gradient flows through it.
 
 Shapes: E experts, L layers.
 """

@@ -1,4 +1,4 @@
-"""What a block remembers of the tokens before, so that the next one costs no more than itself.
+"""Keys and values of earlier tokens, kept for each block, so that a new token costs no more than itself.
 
 Shapes: B rows, G key and value heads, S positions, N new tokens, C head width.
 """

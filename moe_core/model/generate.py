@@ -2,8 +2,8 @@
 
 Each row of a batch is as it would be by itself: rows are padded on the right, where causality hides the padding, and
 each goes on at its own position. Nothing is dropped, whatever the config says of capacity: room is a share of a
-training batch, and one that is counted over a single new token, or over other people's prompts, would let a text
-depend on its neighbours. There is no noise, and a balance bias takes part in who is picked.
+training batch, and counting it over a single new token, or over the other prompts, would let a text depend on its
+neighbours. There is no noise; a balance bias still takes part in which experts are picked.
 
 Shapes: B rows, S positions, N tokens fed to a row at a time, D model width, G key and value heads, C head width,
 V vocabulary, L routed blocks, K picks of a token, T tokens of one row.

@@ -14,7 +14,7 @@ Tables = tuple[Tensor, Tensor]
 
 def rope_tables(length: int, head_dim: int, theta: float, device: torch.device,
                 dtype: torch.dtype = torch.float32) -> Tables:
-    """Cosine, and sine with the sign that it meets, each [S, 1, C]: of position times ``theta ** (-2i/C)``.
+    """Cosine and signed sine of position times ``theta ** (-2i/C)``, each [S, 1, C]; the first half's sine is negated.
 
     The angles are float32 whatever the ``dtype`` of the tables.
     """

@@ -151,7 +151,7 @@ def route(logits_TE: Tensor, controls: RouterControls, noise_TE: Tensor | None =
 
     With ``routing`` "expert" (Zhou et al. 2022) each expert takes that many tokens, those of the largest
     log p + noise_std * noise of its own, at the weight p; a token may get none or many. Demand and served are both
-    what was taken: nobody asks in vain. Whom an expert takes depends on tokens that come later in the text.
+    what was taken. Which tokens an expert takes also depends on tokens that come later in the text.
 
     Losses and statistics read the scores as probabilities q = p / sum_e p, which is p itself with softmax. The
     balance loss is E * sum_e demand share_e * mean_T(q_e) (Fedus et al. 2021; with sigmoid DeepSeek-AI 2024), the
