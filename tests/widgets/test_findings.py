@@ -275,7 +275,10 @@ def test_the_tiny_chart_draws_the_line_its_band_and_what_is_new():
     image = draw(steps, values, 0.2, 0.4, since=301, label='max "frac"')
     old, new = (np.array([point.split(",") for point in part.split()], float)
                 for part in re.findall(r'points="([^"]*)"', image))
-    assert old[-1].tolist() == new[0].tolist()
+    assert old[-1].tolist() == new[0].tolist() and old[-1, 0] == pytest.approx(WIDTH * 300 / 400, abs=8)
+    assert new[-1].tolist() == [float(n) for n in re.search('cx="(.*?)" cy="(.*?)"', image).groups()]
+    above = re.search(r'y="([\d.]+)" width="\d+" height="([\d.]+)"', draw(steps, values, 2.0, 3.0))  # out of reach
+    assert 0 < float(above[1]) < float(above[1]) + float(above[2]) < HEIGHT
     assert len(old) + len(new) <= POINTS + 2
     both = np.concatenate([old, new])
     assert (both >= 0).all() and (both[:, 0] <= WIDTH).all() and (both[:, 1] <= HEIGHT).all()

@@ -1,5 +1,6 @@
 """A shoot-out's figure is its runs' rows; the live view follows them while somebody else trains."""
 
+import re
 import threading
 
 import numpy as np
@@ -43,6 +44,7 @@ def test_the_figure_draws_the_runs_rows_over_steps_tokens_and_seconds():
                 np.testing.assert_allclose(trace.y, np.mean([r[value] for r in rows], 0), rtol=1e-6)
                 np.testing.assert_allclose(trace.x, np.mean(at, 0), rtol=1e-6)
                 (seeds,) = [t for t in figure.data if t.uid == f"{trace.uid}-seeds"]
+                assert trace.hovertemplate.startswith(f"{label} %{{y") and seeds.visible is not False
                 assert np.isnan(seeds.y).sum() == 3 and seeds.line.color == trace.line.color
                 np.testing.assert_allclose(seeds.y[~np.isnan(seeds.y)], np.concatenate([r[value] for r in rows]),
                                            rtol=1e-6)
@@ -103,3 +105,6 @@ def test_the_page_table_names_the_baseline_and_leaves_out_what_nobody_measured(t
     page = table_html(made.summary())
     assert "<b>adamw</b>" in page and "peak MiB" not in page and "<th>note</th>" not in page
     assert "nan" not in page.lower() and "<NA>" not in page
+    table = made.summary().assign(**{"within spread": [True, False], "difference": [0.0, 0.25], "ms/it": [1.25, 2.0]})
+    assert [word for word in re.findall("<td>(.*?)</td>", table_html(table))
+            if word in ("yes", "no", "+0.2500", "1.2", "2.0")] == ["1.2", "yes", "2.0", "+0.2500", "no"]
