@@ -20,19 +20,21 @@ def render(document: Document, records: Sequence[Record], out: Path, drawings: M
     cells = [new_markdown_cell(f"# {inline(document.title)}\n\n{inline(document.subtitle)}"),
              new_code_cell(_loading(records, out))]
     words: list[str] = []
-    for block in document.blocks:
-        if isinstance(block, Heading) and block.level == 2 and words:
+
+    def say() -> None:
+        if words:
             cells.append(new_markdown_cell("\n\n".join(words)))
-            words = []
+            words.clear()
+    for block in document.blocks:
+        if isinstance(block, Heading) and block.level == 2:
+            say()
         if isinstance(block, Pictures):
-            cells += [new_markdown_cell("\n\n".join(words))] if words else []
+            say()
             cells += [(_drawing if picture.again else _shown)(picture, drawings.get(picture.name))
                       for picture in block.pictures]
-            words = []
         else:
             words.append(block_text(block, _no_picture))
-    if words:
-        cells.append(new_markdown_cell("\n\n".join(words)))
+    say()
     for k, cell in enumerate(cells):
         cell["id"] = f"report-{k}"  # the same report is the same file
     kernel = {"kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
