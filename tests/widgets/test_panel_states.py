@@ -1,6 +1,7 @@
 """The panel in states that are not every day's: a fault, another process' run, and what is closed until asked for."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import moe_core as mc
+from moe_core.session import Progress
 from widgets import Workbench
 from widgets.groups import table
+from widgets.workbench import _duration, _status_line
 
 TRAINER = """
 import json, sys, time
@@ -55,6 +58,26 @@ def soon(holds, seconds=20):
     while not holds() and time.monotonic() < end:
         time.sleep(0.02)
     return holds()
+
+
+@pytest.mark.parametrize("state, error, undo, said", [
+    ("training", None, None, ["training", "step 1,234", "3 of 100 steps", "1 min 40 s left", "51,200 tokens/s"]),
+    ("paused", "NonFiniteError: step 9: <loss> is nan", 1200, [
+        "paused", "step 1,234", "3 of 100 steps", "1 min 40 s left", "51,200 tokens/s",
+        "step 9: &lt;loss&gt; is nan. Undo chunk goes back to step 1,200; the knobs can be turned first."]),
+    ("failed", "RuntimeError: <no> memory", 1200, [
+        "failed", "step 1,234", "3 of 100 steps", "1 min 40 s left", "51,200 tokens/s",
+        "RuntimeError: &lt;no&gt; memory"])])
+def test_the_status_line_says_where_the_run_stands(state, error, undo, said):
+    line = _status_line(Progress(state, 1234, 3, 100, 51200.4, 100.2, error), undo)
+    shown = re.findall(r"<span[^>]*>(.*?)</span>", line.replace("<b>", "").replace("</b>", ""))
+    assert shown == said and '<progress max="100" value="3"' in line
+
+
+@pytest.mark.parametrize("seconds, said", [
+    (99.4, "99 s"), (100, "1 min 40 s"), (3661, "61 min 1 s"), (7260, "2 h 1 min")])
+def test_a_duration_is_said_as_exactly_as_it_is_known(seconds, said):
+    assert _duration(seconds) == said
 
 
 def test_undo_is_put_forward_where_a_step_was_not_finite_and_goes_back(tiny_run, bench):

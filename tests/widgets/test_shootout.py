@@ -90,7 +90,10 @@ def test_the_view_follows_runs_that_another_thread_trains(tiny, tmp_path):
     view.over.value = "seconds"
     assert view.wait(60) and view.figure.data[1].x[-1] == pytest.approx(
         made.lines()["adamw"][made.seeds[0]].rows["seconds"].iloc[-1], rel=1e-6)
-    assert view.figure.layout.xaxis.title.text == "seconds of training"
+    assert view.figure.layout.xaxis.title.text == view.figure.layout.xaxis2.title.text == "seconds of training"
+    assert "<br>seconds of training " in view.figure.data[1].hovertemplate
+    assert [note.text for note in view.figure.layout.annotations] == [
+        "<b>Train cross-entropy, running mean</b>", "<b>Validation loss</b>"]
     assert f"{made.summary()['val/loss'][1]:.4f}" in view.table.value and "2 of 2" in view.status.value
     again = ShootoutView(made)
     assert not view._thread.is_alive()

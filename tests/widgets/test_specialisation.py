@@ -68,7 +68,8 @@ def test_each_token_is_in_the_class_of_its_expert_in_every_layer(inspected, chan
             assert [name for name in token["class"].split() if name[:2] == f"l{layer}"] == want
             line = token["title"].split("\n")[1 + layer]
             assert line.startswith(f"layer {layer}: ") and all(
-                f"{e} ({w:.2f}" in line for e, w in zip(picks, found.weights[layer, at], strict=True))
+                f"{e} ({w:.2f}{'' if k else ' dropped'})" in line
+                for e, w, k in zip(picks, found.weights[layer, at], kept, strict=True))
             dropped += not kept.any()
     assert (dropped > 0) == (not changes.get("dropless", True))
 
