@@ -61,7 +61,7 @@ def save_text(folder, texts):
     """A file for each document, named to trip a reader that takes names for patterns."""
     folder.mkdir()
     for i, text in enumerate(texts):
-        name = f"{i:03d} [draft]{{a,b}}*é" + (".txt", ".py", ".md")[i % 3]
+        name = f"{i:03d} [draft]{{a,b}}*é" + (".txt", ".py", ".MD")[i % 3]
         (folder / name).write_bytes((b"\xef\xbb\xbf" if i == 3 else b"")
                                     + text.replace("\n", "\r\n" if i == 4 else "\n").encode())
     return folder

@@ -310,7 +310,7 @@ def test_a_schedule_stretched_keeps_its_shape():
     """Warmup and decay grow with the steps, the last step is validated, and rates keep their floor."""
     longer = stretched(preset("nano"), 2000)
     assert (longer.optim.warmup_iters, longer.optim.lr_decay_iters, longer.eval_interval) == (200, 2000, 25)
-    assert stretched(preset("nano", eval_interval=180, max_iters=500), 500).eval_interval == 250  # 125 is further in ratio
+    assert stretched(preset("nano", eval_interval=180, max_iters=500), 500).eval_interval == 250  # not 125
     assert stretched(preset("nano", eval_interval=0), 400).eval_interval == 400
     assert with_rates(preset("nano"), learning_rate=0.01).optim.min_lr == pytest.approx(0.001)
 
