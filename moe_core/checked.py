@@ -45,6 +45,11 @@ def whole(name: str, value, error: type[ValueError] = ValueError) -> int:
     return value
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, up to the end of its first line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def numbered(name: str) -> Iterator[str]:
     """``name``, ``name-2``, ``name-3``, ...: candidates for a name that is still free."""
     yield name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moe_core.checked import first_line
 from widgets.report_blocks import Picture
 from widgets.report_figures import NARROW, WIDE
 
@@ -31,6 +32,6 @@ def pictures(wanted: Sequence[Picture], kind: str) -> dict[str, bytes]:
         finally:
             kaleido.stop_sync_server(silence_warnings=True)
     except Exception as error:  # a browser fails in many ways, and each is one to the person who wants a picture
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PictureError(f"no {kind} of a chart by kaleido, which needs Chrome or Chromium: {why}") from error
+        raise PictureError(f"no {kind} of a chart by kaleido, which needs Chrome or Chromium: "
+                           f"{first_line(error)}") from error
     return drawn

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from moe_core.checked import first_line
 from moe_core.config import DataConfig
 
 EMBEDDED = "stdlib"
@@ -169,8 +170,7 @@ def _read_rows(data: DataConfig, file: Path, reader, cache: str) -> Iterator[str
 
 def _unreadable(data: DataConfig, file: Path, kind: str, error: Exception) -> DataError:
     """What the readers raise has no common class and is about the file's content: one line for all of it."""
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return DataError(f"{_name(data)}: {file} cannot be read as {kind} ({reason})")
+    return DataError(f"{_name(data)}: {file} cannot be read as {kind} ({first_line(error)})")
 
 
 def _check_column(data: DataConfig, file: Path, columns: list[str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_core.checked import first_line
 from moe_core.config import ModelConfig, RunConfig
 from moe_core.data.cache import cache_root, unwritable
 from moe_core.data.corpus import DataError
@@ -42,9 +43,8 @@ def load_pretrained(name: str) -> Pretrained:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(here := found(name), trust_remote_code=False)
     except Exception as error:  # they have no common class, and many lines
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise refused("cannot be loaded; must be the name of a tokenizer on the Hugging Face hub, or a folder that "
-                      f"has one ({reason})") from error
+                      f"has one ({first_line(error)})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise refused("must be one that the tokenizers library runs (a tokenizer.json); this one is Python code")

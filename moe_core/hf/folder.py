@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moe_core import finetune
+from moe_core.checked import first_line
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import DataError, tokenizer_of
 from moe_core.data.pretrained import load_pretrained, quiet_transformers, save_folder
@@ -174,5 +175,4 @@ def _loading(folder: str | os.PathLike):
     except ConfigError:
         raise
     except Exception as error:  # they have no common class
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"init_from_hf = {str(folder)!r}: cannot be loaded ({reason})") from error
+        raise ConfigError(f"init_from_hf = {str(folder)!r}: cannot be loaded ({first_line(error)})") from error
