@@ -67,8 +67,8 @@ class History:
         return self._write(branch, trainer.state_dict(), name)
 
     def save_beside(self, branch: int, state: dict[str, Any]) -> None:
-        """:meth:`save` by rule a trainer's state that nobody changes, in a thread of its own; :meth:`settle` hears what
-        became of it. Raises what :meth:`settle` does of the one before.
+        """:meth:`save`, without a name and in a background thread, a trainer's state that nobody changes any more;
+        :meth:`settle` says what became of it. Raises what :meth:`settle` does of the save before.
         """
         self.settle()
 
@@ -82,8 +82,8 @@ class History:
             write()
 
     def settle(self, wait: bool = True) -> float | None:
-        """The seconds that writing took what :meth:`save_beside` began; None where there is none, or, without
-        ``wait``, none yet. Raises what went wrong, such as a CheckpointError.
+        """How many seconds the save that :meth:`save_beside` began took; None where there is none, or, without
+        ``wait``, where it is not done yet. Raises what went wrong in it, such as a CheckpointError.
         """
         if self._writing is None or not (wait or self._writing.done()):
             return None
@@ -159,7 +159,7 @@ class History:
     # ---- going back --------------------------------------------------------------------------------------
 
     def states(self, branch: int, step: int, also: Sequence[Snapshot] = ()) -> list[Snapshot | Checkpoint]:
-        """What the branch's line has at or before ``step``, newest first, snapshots before files.
+        """The saved states of the branch's line at or before ``step``, newest first, snapshots before files.
 
         ``also``: snapshots that somebody still holds.
         """
@@ -174,8 +174,8 @@ class History:
 
     def restore(self, trainer: Trainer | None, states: Sequence[Snapshot | Checkpoint], build: Callable[[], Trainer],
                 say: Callable[[str], None]) -> Trainer:
-        """``trainer``, or where that is None one of ``build``, brought to the first of ``states`` that is whole; one of
-        ``build`` at the start where none is.
+        """``trainer``, or a new one by ``build`` where it is None, brought to the first of ``states`` that can be read;
+        a new one at the start where none can.
 
         ``say`` hears of every checkpoint that cannot be read. Raises CheckpointError.
         """
@@ -212,10 +212,6 @@ class History:
         """The branch on this branch's line whose own row ``step`` is; the oldest for step 0."""
         starts = {b.id: b.fork_step or 0 for b in self.store.branches()}
         return next((b for b, _ in self.store.lineage(branch) if starts[b] < step), MAIN)
-
-    def turns(self, branch: int) -> list[tuple[int, dict]]:
-        """:func:`turns` of the run's store."""
-        return turns(self.store, branch)
 
     def refused(self, branch: int) -> list[int]:
         """The step of every attempt that was not finite and that the branch shows."""
@@ -254,17 +250,17 @@ class History:
         return pd.DataFrame.from_dict(worst, orient="index", columns=["largest", "step"]).rename_axis("metric")
 
     def _again(self, line: int, trainer: Trainer, upto: int, validate: bool) -> Iterator[StepRecord]:
-        turns, refused = self.turns(line), self.refused(line)
+        turned, refused = turns(self.store, line), self.refused(line)
         while trainer.steps_done < upto:
             number = trainer.steps_done + 1
             trainer.skipped = sum(step <= number for step in refused)  # attempts, which are not made again
-            trainer.knobs.replay((step, turn) for step, turn in turns if step <= number)
+            trainer.knobs.replay((step, turn) for step, turn in turned if step <= number)
             yield trainer.step(validate)
-        trainer.knobs.replay((step, turn) for step, turn in turns if step <= upto)
+        trainer.knobs.replay((step, turn) for step, turn in turned if step <= upto)
 
     def copy_line(self, line: int, path: str | os.PathLike, config: dict, trainer: Trainer, parent: dict) -> None:
-        """A new run in ``path``: this line's rows and events up to the trainer's step, and its state. From the tip of
-        the line the turns go along that wait for its next step.
+        """A new run in ``path``: this line's rows and events up to the trainer's step, and its state. At the tip of
+        the line, turns that wait for its next step go along.
         """
         step = trainer.steps_done
         with RunStore.create(path, config, **origin.inherited(self.store)) as child:

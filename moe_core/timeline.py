@@ -13,7 +13,7 @@ from moe_core.checked import numbered, plain
 from moe_core.checkpoint import CheckpointError
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import fingerprint, open_data
-from moe_core.history import other_shape
+from moe_core.history import other_shape, turns
 from moe_core.knobs import Knobs
 from moe_core.snapshots import copied
 from moe_core.storage import access
@@ -35,7 +35,7 @@ class Timeline:
     # ---- chunk by chunk, for the session's thread --------------------------------------------------------
 
     def begin_chunk(self, go_on: Callable[[], bool]) -> bool:
-        """Make ready to train, and remember where the chunk starts; False where ``go_on()`` ended that half-way. For
+        """Get ready to train, and remember where the chunk starts; False where ``go_on()`` ended that half-way. For
         the session's thread.
         """
         provenance.same_threads(self.store, resolve_device(self.config), print)
@@ -99,15 +99,15 @@ class Timeline:
     # ---- back, for whoever holds the run --------------------------------------------------------------------
 
     def resume(self, go_on: Callable[[], bool] = lambda: True) -> bool:
-        """Make ready to train from the newest saved state of the current branch; training does it by itself.
+        """Get ready to train from the newest saved state of the current branch; training does this by itself.
 
-        Rows, events and turns of steps beyond that state stay as they are. The steps are trained again, each with the
-        knobs that it had, which this says; it says too where they do not come out as before. Returns False where
-        ``go_on()``, asked after each of them, ended it; what was reached is at hand for the next time.
+        Rows, events and turns of steps beyond that state stay as they are; the steps are trained again, each with the
+        knobs that it had. This is printed, and so is any step that does not come out as before. Returns False where
+        ``go_on()``, asked after each step, ended it; what was reached by then is kept for the next time.
         """
         started = time.perf_counter()
         off = self._reach(self._branch.id, self._step, go_on)
-        self._knobs.replay(self.history.turns(self._branch.id))  # those too that wait for the next step
+        self._knobs.replay(turns(self.store, self._branch.id))  # those too that wait for the next step
         self._tell_off(off)
         self._unsaved_s = time.perf_counter() - started
         return self._trainer is not None
@@ -115,7 +115,7 @@ class Timeline:
     def rewind(self, step: int, name: str | None = None, wait: bool = True) -> None:
         """Go back to the state after ``step`` of the current line, exactly, and open a new branch there.
 
-        The old line stays (:meth:`switch`). ``name``: of the branch; a free one is found where it is None.
+        The old line stays (:meth:`switch`). ``name``: of the branch; None picks a free one.
         ``wait`` False returns while the session is still moving there.
         """
         step = self._check_reachable(step)
@@ -149,9 +149,9 @@ class Timeline:
     def fork(self, path: str | os.PathLike, step: int | None = None, **changes):
         """The state after ``step`` (None: now) as a run of its own in ``path``, with the history up to there.
 
-        ``changes``: fields of its config that are other than here, such as a smaller ``batch_size``, where this
-        one does not fit the device any more. What decides the state's shape, the data or their order cannot be
-        changed, and a fork with changes cannot go back to before ``step``. It remembers its parent:
+        ``changes``: fields of its config to change, such as a smaller ``batch_size`` where the present one no longer
+        fits the device. What decides the state's shape, the data or their order cannot be changed, and a fork with
+        changes cannot go back to before ``step``. It remembers its parent:
         ``child.store.get_meta("parent")``. Raises ConfigError.
         """
         step = self._check_reachable(self._step if step is None else step)
@@ -173,7 +173,7 @@ class Timeline:
                 self.history.copy_line(line, path, config.to_dict(), self._trainer, parent)
             finally:
                 self._reach(line, tip)
-                self._knobs.replay(self.history.turns(line))
+                self._knobs.replay(turns(self.store, line))
         self._move(go)
         return self.open(path)
 
@@ -194,7 +194,7 @@ class Timeline:
 
     def replay(self, upto: int | None = None):
         """Take the current line's steps again, in a fresh model, from the config, the seed and the events alone (and
-        the weights that it was made of, where it was).
+        the weights that the run began with, where it was given some).
 
         DataFrame, index metric: ``largest`` absolute difference from the rows, and the ``step`` of it. On a CPU
         every one is 0; the run itself stays as it is. Raises ValueError for a fork with changes.
@@ -284,7 +284,7 @@ class Timeline:
     def _stand_on(self, branch: int) -> None:
         self._branch = next(b for b in self.store.branches() if b.id == branch)
         self._step = self.store.last_step(branch)
-        self._knobs.replay(self.history.turns(branch))
+        self._knobs.replay(turns(self.store, branch))
         self._unsaved_s, self._unwritten = 0.0, []
         self.store.set_meta("branch", branch)
 
