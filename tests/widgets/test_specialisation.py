@@ -13,7 +13,7 @@ from widgets import specialisation
 from widgets.charts import expert_colors
 from widgets.figures import figure
 from widgets.specialisation import Specialisation, TokenView, overview
-from widgets.token_html import section_html
+from widgets.token_html import _chip, section_html
 
 HOSTILE = ("<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">\n"
            "</div></style><b>bold</b> & \"quotes\" 'single' \u202eevil\u2066 \x00\x1b[31m \ufeff"
@@ -72,6 +72,19 @@ def test_each_token_is_in_the_class_of_its_expert_in_every_layer(inspected, chan
                 for e, w, k in zip(picks, found.weights[layer, at], kept, strict=True))
             dropped += not kept.any()
     assert (dropped > 0) == (not changes.get("dropless", True))
+    form = r'<table class="typical at(\d)"><thead><tr><th>layer (\d).*?<tbody>(.*?)</table>'
+    tables = re.findall(form, section_html(found))
+    assert [(at, layer) for at, layer, _ in tables] == [("0", "0"), ("1", "1")]
+    for layer, (*_, inside) in enumerate(tables):
+        rows = re.findall(r'expert (\d+)</th><td class="share">(.*?)</td><td>(.*?)</td></tr>', inside)
+        assert [(e, share) for e, share, _ in rows] == [
+            (str(e), f"{share:.1%}") for e, share in enumerate(found.shares()[layer])]
+        for expert, (*_, chips) in enumerate(rows):
+            assert re.findall('title="(.*?)"', chips) == [
+                f"{row['count']} of {row['total']}, {row['lift']:.1f} times its share, z {row['z']:.1f}"
+                for _, row in found.tokens_of(layer, expert, 8).iterrows()]
+            assert re.findall('">([^<]*)</span>', chips) == list(map(_chip, found.tokens_of(layer, expert, 8)["token"]))
+    assert _chip("'<b>  x'") == "&lt;b&gt;␣␣x" and _chip("b'\\xff'") == "b&#x27;\\xff&#x27;"
 
 
 def test_a_hostile_text_is_shown_whole_and_is_inert(inspected):
