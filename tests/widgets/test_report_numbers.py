@@ -1,5 +1,6 @@
 """A report's numbers are those of the run's rows, each in its place: value, step, layer, expert, branch and side."""
 
+import ast
 import math
 import re
 import shlex
@@ -21,7 +22,7 @@ from widgets import compare
 from widgets.record import Record
 from widgets.report_blocks import Bullets, Code, Entry, Note, State, Table, Text, Tiles
 from widgets.report_contents import _parting, _snapshots, document, effect_blocks
-from widgets.report_setup import setup
+from widgets.report_setup import script, setup
 from widgets.report_words import assessment, observations
 
 LAST = slice(-50, None)
@@ -158,6 +159,11 @@ def test_the_setup_is_that_of_the_config(logged):
     command, = (part.text for part in parts if isinstance(part, Code))
     assert shlex.split(command.replace("\\\n", " ")) == shlex.split(commands.spell(config))
     assert max(map(len, command.split("\n"))) < 100
+    begun = {"how": "init_from", "path": "/p", "optimizer": True}
+    assert ast.parse(said := script(replace(record, parent=begun))) and "init_from='/p'" in said
+    assert "keep_optimizer=True" in said and said.endswith("run.step(240)")
+    later = script(replace(record, parent={"path": "/p", "branch": "main", "step": 40}, fresh=False))
+    assert "parent.fork(" in later and "step=40" in later and later.endswith("run.step(200)")
     chosen = record.config.replace(routing="expert", dropless=False, balance="none", capacity_factor=1.5, top_k=2)
     table = next(part for part in setup(replace(record, config=chosen)) if isinstance(part, Table))
     assert "; experts choose tokens, 3 a token on average; capacity factor 1.5;" in dict(table.rows)["experts"]
