@@ -302,8 +302,9 @@ def test_a_command_line_shoot_out_prints_the_users_lines_and_goes_on(tiny, tmp_p
     summary = first[first.index("=== Summary (CPU) ==="):]
     assert re.fullmatch(r"adamw        +[\d.]+ ms/it +\d+ tok/s   loss \d\.\d{4}", summary[1])
     assert again == summary and (tmp_path / "t.csv").read_text() == table_then
-    with pytest.raises(ConfigError, match="holds a shoot-out of something else"):
-        shootout_from(config.replace(batch_size=2), tmp_path / "s", steps=8, say=first.append)
+    for other, how in (config.replace(batch_size=2), {}), (config, {"seeds": 2}), (config, {"tune": Search()}):
+        with pytest.raises(ConfigError, match="holds a shoot-out of something else"):
+            shootout_from(other, tmp_path / "s", steps=8, say=first.append, **how)
 
 
 def test_a_schedule_stretched_keeps_its_shape():
@@ -356,6 +357,7 @@ def test_wrong_searches_labels_and_folders_are_refused(tiny, tmp_path):
         Shootout.create(tmp_path / "s", tiny())
     with pytest.raises(StoreError, match=r"is not a shoot-out, there is no shootout\.json"):
         Shootout.open(tmp_path)
+    assert Shootout.create(tmp_path / "other", tiny(), ["sophia", "adamw"]).baseline() == "adamw"
     with pytest.raises(ConfigError, match="baseline = 'sophia': must be one of adamw"):
         Shootout.open(tmp_path / "s").summary("sophia")
     said = (tmp_path / "s" / "shootout.json").read_text()
