@@ -61,6 +61,14 @@ def test_saved_checkpoints_of_this_line_are_offered(row):
     assert (row.saved.label, row.step.value) == ("checkpoints", 0)
     row.saved.value = 5
     assert row.step.value == 5
+    assert "step 5" in {saved.name for saved in run.store.checkpoints()}
+    run.rewind(6)  # from here "sharp" cannot be reached, and what is saved here cannot from main
+    run.checkpoint("own")
+    for branch, offered, other in (("from-6", "own", "sharp"), ("main", "sharp", "own")):
+        run.switch(branch)
+        row.refresh()
+        assert offered in str(row.saved.options) and other not in str(row.saved.options)
+        assert ("step 5", 5) in row.saved.options
 
 
 def test_what_cannot_be_is_said_in_the_log_and_beside_the_button(row):
