@@ -39,7 +39,7 @@ USUAL = ("knob", "note", "checkpoint", "branch", "imported", "ok", "watch", "ala
 # Draws every chart in the width that it has. A page that is printed is laid out anew without telling its charts: they
 # are drawn in the width of paper before, with the room for numbers that they were laid out with, and as they were
 # behind it.
-OPTIONS = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": NOT_OFFERED}
+OPTIONS = {"responsive": True, "displaylogo": False, "showSendToCloud": False, "modeBarButtonsToRemove": NOT_OFFERED}
 DRAW = f"const options = {json.dumps(OPTIONS)}, LEFT = {LEFT};" + """
 for (const figure of document.querySelectorAll("figure[data-chart]")) {
   const {data, layout} = JSON.parse(document.getElementById("chart-" + figure.dataset.chart).textContent);
