@@ -122,10 +122,14 @@ def test_charts_draw_what_the_tables_say(inspected):
     assert [bar["uid"] for bar in bars] == ["information-token-class", "information-document-kind"]
     for bar, (_, rows) in zip(bars, table.groupby("about", sort=False), strict=True):
         np.testing.assert_allclose(np.array(bar["y"], float), rows["normalised"], rtol=1e-6)
+        np.testing.assert_allclose(bar["customdata"], rows[["nats", "chance", "spread"]])
         ratio = rows["normalised"] / rows["nats"]
         np.testing.assert_allclose(np.array(bar["error_y"]["array"], float), 2 * rows["spread"] * ratio, rtol=1e-5)
     counts, lift = found.coactivation(1)
-    heat = np.array(specialisation.coactivation(found, 1).traces[0]["z"], float)
+    chart = specialisation.coactivation(found, 1)
+    assert chart.traces[0]["hovertemplate"].startswith("expert %{y} in layer 1, %{x} in layer 2<br>")
+    assert (chart.y["title"], chart.x["title"]) == ("expert in layer 1", "expert in layer 2")
+    heat = np.array(chart.traces[0]["z"], float)
     drawn = ~np.isnan(heat)
     assert drawn.any()
     np.testing.assert_array_equal(drawn, (counts / lift >= 5).to_numpy() | ((counts == 0) & (np.outer(
