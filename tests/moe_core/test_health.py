@@ -187,6 +187,7 @@ def test_one_collapsed_layer_out_of_four_is_named_and_most_layers_are_said_once(
         "alarm", "collapsed", 2, "router/max_frac_mean/layer_2")
     assert found[0].text.startswith("layer 2: collapsed in 50 of the last 50 logged steps")
     assert {f.layer for f in found if f.level == "alarm"} == {2} and "worst layer" not in str(found)
+    assert said(put(healthy(), "router/max_frac_mean/layer_2", 0.38)) == set()  # its line is the worst's
     everywhere = findings(frame(range(4)), EXPERIMENT_1, 8)
     assert {f.layer for f in everywhere} == {None}
 
