@@ -40,6 +40,8 @@ export default {
           "aria-label", slider.querySelector(".widget-label").textContent);
         follow(slider.querySelector(".noUi-target"));
       }
+      for (const head of panel.querySelectorAll(".jupyter-widget-Collapse-header"))  // which no key reaches either
+        Object.assign(head, { tabIndex: 0, role: "button" }).dataset.lmSuppressShortcuts = "true";
       const figure = panel.querySelector(".js-plotly-plot");
       figure?.setAttribute("role", "figure");
       figure?.setAttribute("aria-label", "Charts of the run");
@@ -51,6 +53,11 @@ export default {
       say("focus", rows().indexOf(target.closest(".moe-knob")));
     };
     const focusout = () => say("focus", -1);
+    const keydown = (event) => {
+      if (!event.target.matches(".jupyter-widget-Collapse-header") || !["Enter", " "].includes(event.key)) return;
+      event.preventDefault();
+      event.target.click();
+    };
     // ipywidgets' word of the Enter key overtakes the last letters before a slow kernel; a click comes behind them.
     const enter = (event) => {
       if (event.key !== "Enter" || !event.target.matches(".moe-note input")) return;
@@ -63,6 +70,7 @@ export default {
       if (panel === null && (panel = el.closest(".moe-workbench")) !== null) {
         panel.addEventListener("focusin", focusin);
         panel.addEventListener("focusout", focusout);
+        panel.addEventListener("keydown", keydown);
         panel.addEventListener("keypress", enter, true);
         for (const part of panel.querySelectorAll(".moe-knobs, .moe-charts"))
           names.observe(part, { childList: true, subtree: part.matches(".moe-knobs") });

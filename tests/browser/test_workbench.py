@@ -95,7 +95,7 @@ def test_a_newcomer_turns_the_temperature_of_a_training_model_and_sees_it_take_h
 
 
 def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(run_notebook, page):
-    """What a screen reader reads, and what a window of 1024 pixels shows."""
+    """What a screen reader reads, what a window of 1024 pixels shows, and sections that the keyboard opens."""
     page.set_viewport_size({"width": 1024, "height": 900})
     run_notebook("01_workbench.ipynb")
     page.locator(".js-plotly-plot").wait_for(timeout=120_000)
@@ -111,4 +111,7 @@ def test_every_control_has_a_name_and_nothing_hangs_over_the_edge(run_notebook, 
         return ![...document.querySelectorAll('.moe-workbench *')].map(e => [e, e.getBoundingClientRect()])
             .some(([e, r]) => r.width && r.right > edge && !e.closest('svg')); }"""),
           "nothing over the edge, once the figure knows its width")
+    for section, inside in enumerate((page.locator(".moe-groups table"), page.get_by_role("button", name="Look"))):
+        page.locator(".jupyter-widget-Collapse-header[tabindex='0']").nth(section).press("Enter")
+        inside.wait_for()
     page.get_by_role("button", name="Pause").click()
