@@ -134,12 +134,12 @@ class KnobControl:
 
     def _stretch(self, over: float) -> None:
         if self.mode.value == "ramp" and not self._aiming:
-            self.knob.ramp(to=self.number.value, over=whole(over))
+            self.knob.ramp(to=self._value, over=whole(over))
         else:
             check_turn(self.knob.name, "ramp", self.knob.low, whole(over))
 
     def _put_value(self, value: float) -> None:
-        value = float(f"{value:.4g}")
+        self._value, value = value, float(f"{value:.4g}")  # all of its digits, and those that fit
         self.slider.max = max(self.slider.max, value)  # a typed value may lie beyond what a slider offers
         self.slider.min = min(self.slider.min, value)
         self._put(self.slider, value)

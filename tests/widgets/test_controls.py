@@ -148,10 +148,12 @@ def test_a_turn_from_a_cell_shows_in_the_panel_and_turns_nothing_else(tiny_run):
     control.refresh()
     assert control.mode.value == "follow"
     assert control.number.value == run.knobs["router_z_loss_coef"].scheduled
-    run.knobs["router_z_loss_coef"].ramp(to=0.5, over=7)
+    run.knobs["router_z_loss_coef"].ramp(to=0.123456, over=7)
     control.refresh()
-    assert (control.number.value, control.over.value, control.mode.value) == (0.5, 7, "ramp")
+    assert (control.number.value, control.over.value, control.mode.value) == (0.1235, 7, "ramp")
     assert len(run.events()) == 3
+    control.over.value = 9
+    assert run.knobs["router_z_loss_coef"].target == 0.123456  # and not what the box has room for
 
 
 def test_a_row_that_has_the_focus_does_not_move(tiny_run):
