@@ -50,6 +50,7 @@ def save(path: str | os.PathLike, state: dict[str, Any], about: dict[str, Any]) 
             file.flush()
             os.fsync(file.fileno())
         size = draft.stat().st_size
+        readable_as(draft, path.parent)
         os.replace(draft, path)
         _sync_folder(path.parent)
         return size
@@ -136,6 +137,12 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _decode(item, tensors) for key, item in value["items"]}
     return value
+
+
+def readable_as(file: Path, folder: Path) -> None:
+    """Let those read and write ``file`` who may read and write ``folder``; safetensors lets its owner alone."""
+    with contextlib.suppress(OSError):  # a file system may know no such rights
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moe_core import finetune
 from moe_core.checked import first_line
+from moe_core.checkpoint import readable_as
 from moe_core.config import ConfigError, RunConfig
 from moe_core.data import DataError, tokenizer_of
 from moe_core.data.pretrained import load_pretrained, quiet_transformers, save_folder
@@ -59,6 +60,8 @@ def export(run, folder: str | os.PathLike, step: int | str | None = None) -> Pat
         if tokenizer is not None:
             save_folder(tokenizer, draft, model_max_length=config.model.block_size)
         (draft / "README.md").write_text(card.card(run, weights, form, tokenizer is not None), encoding="utf-8")
+        for file in draft.glob("*.safetensors"):
+            readable_as(file, draft)
         draft.rename(folder)
     except OSError as error:
         raise ExportError(f"{folder}: not written: {error.strerror or error}") from error

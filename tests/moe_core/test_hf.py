@@ -213,6 +213,7 @@ def test_a_large_model_is_in_several_files(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "SHARD", "100KB")
     folder = run.export_hf(tmp_path / "many")
     assert len(list(folder.glob("model-*.safetensors"))) > 1 and (folder / "model.safetensors.index.json").exists()
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # who may read one may read all
     parts = load(folder).state_dict()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 

@@ -1,5 +1,6 @@
 """What is kept of a run's states: which, in memory and on disk, and each of them whole."""
 
+import os
 import shutil
 
 import numpy as np
@@ -77,10 +78,14 @@ def test_the_best_by_validation_is_kept(tiny_run):
 
 
 def test_a_checkpoint_is_whole_or_refused(tmp_path):
-    """Cut at any of many offsets it is refused in one line; whole, it gives every tensor and number back."""
+    """Cut at any of many offsets it is refused in one line; whole, it gives every tensor and number back, to whoever
+    may read its folder.
+    """
     state = {"a": torch.randn(3, 4, dtype=torch.bfloat16).t(), "b": {7: [torch.tensor(2.0), None, "x", 0.1, True]}}
     path = tmp_path / "c.safetensors"
+    tmp_path.chmod(0o750)
     checkpoint.save(path, state, {"step": 3})
+    assert os.name != "posix" or path.stat().st_mode & 0o777 == 0o640
     back = checkpoint.load(path)
     assert torch.equal(back["a"], state["a"]) and back["b"][7][1:] == [None, "x", 0.1, True]
     assert torch.equal(back["b"][7][0], state["b"][7][0])
