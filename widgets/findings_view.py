@@ -11,7 +11,8 @@ from traitlets import Instance
 SHORT = 3  # rows that are shown until more is asked for
 
 # anywidget gives a widget two seconds to be ready, and no message ever after; a page that is loaded on a busy machine
-# takes longer, and the findings would stand still. So what they say comes in a widget of ipywidgets' own.
+# takes longer, and the findings would stand still. So what they say comes in a widget of ipywidgets' own, one that
+# takes nothing for HTML.
 _ESM = f"""
 const SHORT = {SHORT};
 export default {{
@@ -126,10 +127,10 @@ class FindingsView(anywidget.AnyWidget):
 
     _esm = _ESM
     _css = _CSS
-    said = Instance(ipw.HTML).tag(sync=True, **ipw.widget_serialization)
+    said = Instance(ipw.Text).tag(sync=True, **ipw.widget_serialization)
 
     def __init__(self):
-        super().__init__(said=ipw.HTML(layout={"display": "none"}))
+        super().__init__(said=ipw.Text(layout={"display": "none"}))
         self.add_class("moe-findings")
         self.say("", [])
 

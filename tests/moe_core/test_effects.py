@@ -70,7 +70,7 @@ def test_a_strong_change_always_stands_out_with_its_size(tmp_path):
 def test_a_ramp_is_told_by_the_part_of_it_that_was_done(tmp_path):
     """Over 100 steps, of which the window holds 50: half of what the whole of it would bring, from its step on."""
     rng, steps = np.random.default_rng(), np.arange(1, 101)
-    values = noise(rng, 100, 40, 0.0) / 10 + 12 * np.clip((steps - 50) / 100, 0, 1)[:, None]
+    values = noise(rng, 100, 40, 0.0) / 100 + 12 * np.clip((steps - 50) / 100, 0, 1)[:, None]
     turn = {"name": "router_temp", "mode": "ramp", "value": 1.0, "over": 100}
     with stored(tmp_path / "ramp", steps, values, {51: turn}) as store:
         table = effects(store, MAIN)
