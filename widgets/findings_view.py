@@ -130,7 +130,7 @@ class FindingsView(anywidget.AnyWidget):
     said = Instance(ipw.Text).tag(sync=True, **ipw.widget_serialization)
 
     def __init__(self):
-        super().__init__(said=ipw.Text(layout={"display": "none"}))
+        super().__init__(said=ipw.Text(tooltip="Findings", layout={"display": "none"}))
         self.add_class("moe-findings")
         self.say("", [])
 
